@@ -1,0 +1,95 @@
+"""What an architecture tells the harness: the entry of `MODEL_REGISTRY`.
+
+Torch-free to import, like everything that the launcher's preflight reads: the callables import what they need
+when they are called.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+    from torch import Tensor
+
+    from data import DatasetProvider
+    from models.base import MultimodalModel
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What a micro-batch's FLOPs depend on.
+
+    document_lengths: padded length of each document (THD) or row (BSHD), in tokens.
+    grid_thw: [I, 3] int64, patches per image in time, height and width.
+    """
+
+    document_lengths: tuple[int, ...]
+    grid_thw: Tensor
+
+
+class ModelInputs(Protocol):
+    """What a model computes from token ids and grids alone. Called in the loader's workers: no device, picklable."""
+
+    image_token_id: int
+    merge_size: int  # one vision feature stands for merge_size x merge_size patches
+    patch_dim: int  # values per patch row of pixel_values
+
+    def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
+        """[L] int64 and [I, 3] int64 of one document -> its [3, L] int64 positions."""
+        ...
+
+    def vision_inputs(self, grid_thw: Tensor) -> dict[str, Tensor | int]:
+        """[I, 3] int64 -> the vision encoder's keyword arguments besides pixel_values."""
+        ...
+
+    def flops(self, shape: BatchShape) -> float:
+        """Floating-point operations of forward and backward of one micro-batch, over all ranks that share it."""
+        ...
+
+
+class BuildModel(Protocol):
+    def __call__(
+        self,
+        args: Namespace,
+        language_config: TransformerConfig,
+        vision_config: TransformerConfig,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+        pg_collection: ProcessGroupCollection,
+    ) -> MultimodalModel: ...
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One architecture. Register it with `MODEL_REGISTRY["name"] = ModelSpec(...)`.
+
+    variants: names that `--model-variant` takes, the first the default.
+    flags: variant name and the launcher's architecture overrides -> Megatron flags, put before the user's own.
+    flags_from_hf: a folder with config.json -> the same.
+    check_layout: parsed flags (argparse names of Megatron's) -> refusals, each naming the flag and the fix.
+    hf_config: resolved arguments -> the `config.json` that every checkpoint carries.
+    vision_config: arguments and the decoder's config -> the vision encoder's config.
+    language_post_config: last word on the decoder's config, for what no Megatron flag can say.
+    build_model: builds one pipeline stage.
+    model_inputs: arguments -> what the loader's workers compute for this model, FLOPs included.
+    dataset_providers: names that `--dataset-provider` takes.
+    """
+
+    variants: tuple[str, ...]
+    flags: Callable[[str], list[str]]
+    flags_from_hf: Callable[[Path], list[str]]
+    check_layout: Callable[[Namespace], list[str]]
+    hf_config: Callable[[Namespace], dict[str, Any]]
+    vision_config: Callable[[Namespace, TransformerConfig], TransformerConfig]
+    language_post_config: Callable[[Namespace, TransformerConfig], TransformerConfig]
+    build_model: BuildModel
+    model_inputs: Callable[[Namespace], ModelInputs]
+    dataset_providers: Mapping[str, DatasetProvider]
