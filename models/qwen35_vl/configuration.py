@@ -93,9 +93,180 @@ class Qwen35VLConfig:
     def replace(self, **changes: Any) -> Qwen35VLConfig:
         return dataclasses.replace(self, **changes)
 
+    # HuggingFace spelling
 
-_VIT_SMALL = Qwen35VLVisionConfig(num_layers=12, hidden_size=768, num_attention_heads=12, ffn_hidden_size=3072)
-_VIT_MEDIUM = Qwen35VLVisionConfig(num_layers=24, hidden_size=1024, num_attention_heads=16, ffn_hidden_size=4096)
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of `Qwen3_5ForConditionalGeneration` (dense) or `Qwen3_5MoeForConditionalGeneration`.
+
+        Field by field as the released folders write it; `mtp_num_hidden_layers` and `mamba_ssm_dtype` are there
+        too, though transformers 5.17 reads neither.
+        """
+        text = {
+            "model_type": "qwen3_5_moe_text" if self.is_moe else "qwen3_5_text",
+            **{
+                hf: getattr(self, ours)
+                for ours, hf in _HF_TEXT_NAMES.items()
+                if getattr(self, ours) is not None
+            },
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "layer_types": [
+                "linear_attention" if (i + 1) % self.full_attention_interval else "full_attention"
+                for i in range(self.num_layers)
+            ],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": self.rotary_base,
+                "partial_rotary_factor": self.rotary_percent,
+                "mrope_section": list(self.mrope_section),
+                "mrope_interleaved": True,
+            },
+            "hidden_act": "silu",
+            "attn_output_gate": True,
+            "attention_bias": False,
+            "mamba_ssm_dtype": "float32",
+        }
+        return {
+            "architectures": [_HF_CLASSES[self.is_moe]],
+            "model_type": "qwen3_5_moe" if self.is_moe else "qwen3_5",
+            "text_config": text,
+            "vision_config": {
+                "model_type": "qwen3_5_moe_vision" if self.is_moe else "qwen3_5_vision",
+                **{hf: getattr(self.vision, ours) for ours, hf in _HF_VISION_NAMES.items()},
+                "out_hidden_size": self.hidden_size,
+                "hidden_act": "gelu_pytorch_tanh",
+            },
+            "image_token_id": self.token_ids.image,
+            "video_token_id": self.token_ids.video,
+            "vision_start_token_id": self.token_ids.vision_start,
+            "vision_end_token_id": self.token_ids.vision_end,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Qwen35VLConfig:
+        """Read a `config.json`. Absent keys take HF's defaults where HF has one that released folders rely on.
+
+        Raises:
+            ValueError: another architecture, a missing number, or a structure that the harness doesn't build;
+                the message names the key.
+        """
+        is_moe = config.get("model_type") == "qwen3_5_moe"
+        if config.get("model_type") not in ("qwen3_5", "qwen3_5_moe"):
+            raise ValueError(
+                f"config.json has model_type {config.get('model_type')!r}; expected 'qwen3_5' or 'qwen3_5_moe'"
+            )
+        text, vision = (_hf_section(config, name) for name in ("text_config", "vision_config"))
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        fields = {
+            ours: text[hf]
+            for ours, hf in _HF_TEXT_NAMES.items()
+            if hf in text and (is_moe or hf not in _HF_MOE_NAMES)
+        }
+        if is_moe:
+            fields.pop("ffn_hidden_size", None)  # every layer is sparse
+        required = set(_HF_REQUIRED) | (_HF_MOE_NAMES if is_moe else {"intermediate_size"})
+        if missing := sorted(required - set(text)):
+            raise ValueError(f"config.json: text_config lacks {', '.join(missing)}")
+        return cls(
+            **fields,
+            full_attention_interval=_full_attention_interval(text),
+            # The top-level flag is the true one: text_config repeats its class default.
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            rotary_base=int(rope.get("rope_theta", text.get("rope_theta", cls.rotary_base))),
+            rotary_percent=rope.get(
+                "partial_rotary_factor", text.get("partial_rotary_factor", cls.rotary_percent)
+            ),
+            mrope_section=tuple(rope.get("mrope_section", cls.mrope_section)),
+            vision=Qwen35VLVisionConfig(
+                **{ours: vision[hf] for ours, hf in _HF_VISION_NAMES.items() if hf in vision}
+            ),
+            token_ids=SpecialTokenIds(
+                image=config.get("image_token_id", SpecialTokenIds.image),
+                video=config.get("video_token_id", SpecialTokenIds.video),
+                vision_start=config.get("vision_start_token_id", SpecialTokenIds.vision_start),
+                vision_end=config.get("vision_end_token_id", SpecialTokenIds.vision_end),
+            ),
+        )
+
+
+_HF_CLASSES = {False: "Qwen3_5ForConditionalGeneration", True: "Qwen3_5MoeForConditionalGeneration"}
+_HF_TEXT_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "linear_num_key_heads": "linear_num_key_heads",
+    "linear_num_value_heads": "linear_num_value_heads",
+    "linear_key_head_dim": "linear_key_head_dim",
+    "linear_value_head_dim": "linear_value_head_dim",
+    "linear_conv_kernel_dim": "linear_conv_kernel_dim",
+    "num_experts": "num_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
+    "norm_epsilon": "rms_norm_eps",
+    "init_method_std": "initializer_range",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "mtp_num_layers": "mtp_num_hidden_layers",
+}
+_HF_MOE_NAMES = {
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
+}  # fmt: skip
+_HF_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_HF_VISION_NAMES = {
+    "num_layers": "depth",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "spatial_merge_size": "spatial_merge_size",
+    "num_position_embeddings": "num_position_embeddings",
+    "in_channels": "in_channels",
+}
+
+
+def _hf_section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    if not isinstance(section, Mapping):
+        raise ValueError(f"config.json lacks {name}: a text-only or foreign folder can't be trained here")
+    return section
+
+
+def _full_attention_interval(text: Mapping[str, Any]) -> int:
+    """k where every k-th layer is full attention, from layer_types when the folder lists them."""
+    layer_types = text.get("layer_types")
+    if layer_types is None:
+        return text.get("full_attention_interval", Qwen35VLConfig.full_attention_interval)
+    interval = text.get("full_attention_interval") or (
+        layer_types.index("full_attention") + 1 if "full_attention" in layer_types else len(layer_types) + 1
+    )
+    expected = [
+        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(len(layer_types))
+    ]
+    if layer_types != expected or len(layer_types) != text.get("num_hidden_layers"):
+        raise ValueError(
+            f"config.json: text_config.layer_types isn't num_hidden_layers entries with full_attention every "
+            f"{interval}th; no other arrangement is built"
+        )
+    return interval
+
+
+_VIT_SMALL = Qwen35VLVisionConfig(
+    num_layers=12, hidden_size=768, num_attention_heads=12, ffn_hidden_size=3072
+)
+_VIT_MEDIUM = Qwen35VLVisionConfig(
+    num_layers=24, hidden_size=1024, num_attention_heads=16, ffn_hidden_size=4096
+)
 _VIT_LARGE = Qwen35VLVisionConfig()
 
 _35B = Qwen35VLConfig(
