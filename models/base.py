@@ -1,0 +1,141 @@
+"""MultimodalModel: a vision encoder in front of a GPTModel, one pipeline stage at a time.
+
+Shapes: S sequence (the CP rank's share; the SP rank's inside the decoder), B batch, H hidden, P patches,
+V vision features (P / merge_size^2).
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+
+def merge_features(text: Tensor, features: Tensor, vision_index: Tensor) -> Tensor:
+    """Put vision features in the place of their placeholders' embeddings.
+
+    A gather by row with static shapes, so that nothing waits for the device. A text token reads some row too and
+    drops it: rows spread evenly, since one row read by all of them would serialise the backward's atomic adds.
+    Each row gets one gradient that isn't zero, so the sum doesn't depend on the order of the adds.
+
+    Args:
+        text: [S, B, H] word embeddings.
+        features: [V, H] of the micro-batch's images, at least one row.
+        vision_index: [B, S] int64, the row of `features` for this token, -1 for text.
+
+    Returns:
+        [S, B, H] in text's dtype.
+    """
+    index = vision_index.t()
+    spread = torch.arange(index.numel(), device=index.device).view_as(index) % features.size(0)
+    is_text = index < 0
+    rows = features.index_select(0, torch.where(is_text, spread, index).flatten())
+    return torch.where(is_text.unsqueeze(-1), text, rows.view(*index.shape, -1).to(text.dtype))
+
+
+class MultimodalModel(MegatronModule):
+    """One pipeline stage of a vision-language model.
+
+    The vision encoder and the word embedding live on the first stage (`pre_process`), the output layer and MTP on
+    the last. The vision encoder is any module that is called with a batch's `vision` entries as keyword arguments
+    and returns [V, H] features.
+
+    Args:
+        config: the decoder's configuration; Megatron's schedules read it from here.
+        language_model: this stage's part of the decoder, built with `scatter_embedding_sequence_parallel=False`.
+        vision_model: the encoder on the first stage, None elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        language_model: GPTModel,
+        vision_model: nn.Module | None,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        if (vision_model is not None) != language_model.pre_process:
+            raise ValueError("the vision encoder belongs on the first pipeline stage, and only there")
+        self.vision_model = vision_model
+        self.language_model = language_model
+        self.pg_collection = pg_collection
+        # Read by Megatron's schedules, checkpointing and gradient finalisation through the wrapper.
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
+        self.mtp_process = language_model.mtp_process
+        self.vp_stage = language_model.vp_stage
+        self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight, whose gradients Megatron adds up over the first and the last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Hand the previous stage's hidden states to the decoder."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        vision_index: Tensor,
+        vision: dict[str, Tensor | int] | None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            input_ids: [B, S] int64.
+            position_ids: [3, B, S] int64 for MRoPE, or what the decoder's position embedding takes.
+            vision_index: [B, S] int64; see `merge_features`.
+            vision: keyword arguments of the vision encoder; read on the first stage only.
+            labels: [B, S] int64, already shifted; None asks for logits.
+            loss_mask: [B, S] float32, 1 where the label is trained; MTP's loss needs it here.
+            padding_mask: [B, S] bool, True on padding, which MoE routers leave out of their statistics.
+            packed_seq_params: THD documents; None in BSHD.
+
+        Returns:
+            [B, S] loss per token on the last stage ([B, S, vocabulary / TP] logits without labels), hidden states
+            [S, B, H] on the others.
+        """
+        decoder_input = (
+            self._embed(input_ids, position_ids, vision_index, vision) if self.pre_process else None
+        )
+        if padding_mask is not None and self.config.sequence_parallel:
+            # GPTModel scatters the mask only where it embeds the tokens itself.
+            padding_mask = (
+                scatter_to_sequence_parallel_region(
+                    padding_mask.t().contiguous(), group=self.pg_collection.tp
+                )
+                .t()
+                .contiguous()
+            )
+        return self.language_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=labels,
+            loss_mask=loss_mask,
+            padding_mask=padding_mask,
+            packed_seq_params=packed_seq_params,
+        )
+
+    def _embed(
+        self, input_ids: Tensor, position_ids: Tensor, vision_index: Tensor, vision: dict[str, Tensor | int]
+    ) -> Tensor:
+        features = self.vision_model(**vision)
+        text = self.language_model.embedding(input_ids=input_ids, position_ids=position_ids)
+        merged = merge_features(text, features, vision_index)
+        if self.config.sequence_parallel:
+            merged = scatter_to_sequence_parallel_region(merged, group=self.pg_collection.tp)
+        return merged

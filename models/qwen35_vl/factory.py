@@ -1,0 +1,78 @@
+"""Qwen3.5-VL's entry in `MODEL_REGISTRY`. Torch-free: the callables import what they need when called."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data import DATASET_PROVIDERS
+from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from models.qwen35_vl.layout import check_layout
+from models.spec import ModelInputs, ModelSpec
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+    from models.base import MultimodalModel
+
+
+def _flags(variant: str) -> list[str]:
+    return VARIANTS[variant].to_flags()
+
+
+def _flags_from_hf(folder: Path) -> list[str]:
+    path = folder / "config.json"
+    try:
+        return Qwen35VLConfig.from_hf(json.loads(path.read_text())).to_flags()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--hf-config {folder}: {error}") from error
+
+
+def _hf_config(args: Namespace) -> dict[str, Any]:
+    return Qwen35VLConfig.from_args(args).to_hf()
+
+
+def _vision_config(args: Namespace, language_config: TransformerConfig) -> TransformerConfig:
+    from models.qwen35_vl.vision_encoder import vision_transformer_config
+
+    config = vision_transformer_config(language_config, Qwen35VLConfig.from_args(args).vision)
+    if args.recompute_vision:
+        config.recompute_granularity = "full"
+        config.recompute_method = "uniform"
+        config.recompute_num_layers = 1
+    return config
+
+
+def _language_post_config(args: Namespace, config: TransformerConfig) -> TransformerConfig:
+    # megatron-core's argument check forbids MTP with mrope, so the command line says rope.
+    config.position_embedding_type = "mrope"
+    config.mrope_section = list(Qwen35VLConfig.from_args(args).mrope_section)
+    return config
+
+
+def _build_model(*args: Any, **kwargs: Any) -> MultimodalModel:
+    from models.qwen35_vl.model import build_qwen35_vl
+
+    return build_qwen35_vl(*args, **kwargs)
+
+
+def _model_inputs(args: Namespace) -> ModelInputs:
+    from models.qwen35_vl.inputs import Qwen35VLInputs
+
+    return Qwen35VLInputs(Qwen35VLConfig.from_args(args))
+
+
+QWEN35_VL = ModelSpec(
+    variants=tuple(VARIANTS),
+    flags=_flags,
+    flags_from_hf=_flags_from_hf,
+    check_layout=check_layout,
+    hf_config=_hf_config,
+    vision_config=_vision_config,
+    language_post_config=_language_post_config,
+    build_model=_build_model,
+    model_inputs=_model_inputs,
+    dataset_providers=DATASET_PROVIDERS,
+)

@@ -1,0 +1,60 @@
+"""Build one pipeline stage of Qwen3.5-VL: ViT in front, hybrid decoder behind."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from models.backends import get_backend
+from models.base import MultimodalModel
+from models.qwen35_vl.configuration import Qwen35VLConfig
+from models.qwen35_vl.gpt import Qwen35GPTModel
+from models.qwen35_vl.specs import decoder_block_spec, mtp_block_spec
+from models.qwen35_vl.vision_encoder import VisionEncoder
+
+
+def build_qwen35_vl(
+    args: Namespace,
+    language_config: TransformerConfig,
+    vision_config: TransformerConfig,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+    pg_collection: ProcessGroupCollection,
+) -> MultimodalModel:
+    """Build the stage that this rank owns; see `models.spec.BuildModel`."""
+    architecture = Qwen35VLConfig.from_args(args)
+    backend = get_backend(language_config.transformer_impl)
+    language_model = Qwen35GPTModel(
+        config=language_config,
+        transformer_layer_spec=decoder_block_spec(language_config, backend, vp_stage=vp_stage),
+        mtp_block_spec=mtp_block_spec(language_config, backend, vp_stage=vp_stage),
+        vocab_size=architecture.vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="mrope",
+        rotary_percent=architecture.rotary_percent,
+        rotary_base=architecture.rotary_base,
+        scatter_embedding_sequence_parallel=False,  # after the vision features are in: MultimodalModel
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
+    vision_model = None
+    if pre_process:
+        vision_model = VisionEncoder(
+            vision_config,
+            architecture.vision,
+            backend,
+            out_hidden_size=language_config.hidden_size,
+            pg_collection=pg_collection,
+        )
+    return MultimodalModel(
+        language_config, language_model=language_model, vision_model=vision_model, pg_collection=pg_collection
+    )
