@@ -1,0 +1,124 @@
+"""One micro-batch: get the batch, run the model, make the loss.
+
+Shapes: B rows, S tokens (the CP rank's share), T packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_timers
+from torch import Tensor, nn
+
+from data.batch import Batch, BatchStats
+from data.loader import read_batch
+from runtime.context_parallel import partition_batch
+from runtime.throughput import Throughput
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+class ForwardStep:
+    """What Megatron's schedules call for every micro-batch; holds the run's throughput clock."""
+
+    def __init__(self) -> None:
+        self._throughput: Throughput | None = None
+
+    def __call__(
+        self, data_iterator: Iterator[Batch] | None, model: nn.Module
+    ) -> tuple[Tensor, LossFunction]:
+        """Run one micro-batch on this stage.
+
+        Args:
+            data_iterator: yields batches on the ranks that load, None on the others.
+            model: this stage, in Megatron's wrappers.
+
+        Returns:
+            The stage's output ([B, S] losses on the last one) and the function that makes the loss of it.
+        """
+        timers = get_timers()
+        stage = get_attr_wrapped_model(model, "vision_model", return_model_obj=True)
+        timers("batch-generator", log_level=2).start()
+        batch = read_batch(data_iterator, with_vision=stage.pre_process)
+        batch = partition_batch(batch, mpu.get_context_parallel_group())
+        timers("batch-generator").stop()
+
+        output = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            vision_index=batch.vision_index,
+            vision=batch.vision,
+            labels=batch.labels,
+            loss_mask=batch.loss_mask,
+            padding_mask=batch.padding_mask,
+            packed_seq_params=packed_seq_params(batch),
+        )
+        report = self._rates(batch.stats, training=model.training) if stage.post_process else {}
+        return output, partial(masked_loss, loss_mask=batch.loss_mask, rates=report)
+
+    def _rates(self, stats: BatchStats, *, training: bool) -> dict[str, tuple[float, float]]:
+        if self._throughput is None:
+            context_ranks = mpu.get_context_parallel_world_size()
+            self._throughput = Throughput(
+                model_ranks=context_ranks
+                * mpu.get_tensor_model_parallel_world_size()
+                * mpu.get_pipeline_model_parallel_world_size(),
+                context_ranks=context_ranks,
+                data_ranks=mpu.get_data_parallel_world_size(),
+            )
+        if training:
+            return self._throughput.lap(stats)
+        self._throughput.pause()
+        return {}
+
+
+def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+    """THD documents for attention and GatedDeltaNet; None in BSHD.
+
+    Padding at a document's end counts as part of it: under causal masks it reaches no real token, and attention
+    kernels for documents without gaps are faster.
+    """
+    if batch.cu_seqlens is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=batch.cu_seqlens,
+        cu_seqlens_kv_padded=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
+def masked_loss(
+    losses: Tensor, *, loss_mask: Tensor, rates: dict[str, tuple[float, float]]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the trained tokens' losses, their number, and what the log prints.
+
+    Megatron divides the gradients by the number of trained tokens of the whole global batch
+    (`--calculate-per-token-loss`), so the loss doesn't depend on the layout.
+
+    Args:
+        losses: [B, S] per token, this CP rank's.
+        loss_mask: [B, S] float32.
+        rates: (amount, divisor) pairs for the log.
+
+    Returns:
+        Sum (float32 scalar), count (int32 scalar), report of [sum, count] pairs.
+    """
+    total = (losses.float() * loss_mask).sum()
+    count = loss_mask.sum()
+    report = {"lm loss": torch.stack([total.detach(), count])}
+    if rates:
+        # One copy to the device for all figures; pinned, so that the host doesn't wait for it.
+        figures = torch.tensor(list(rates.values()), dtype=torch.float32)
+        if losses.is_cuda:
+            figures = figures.pin_memory()
+        report |= zip(rates, figures.to(losses.device, non_blocking=True), strict=True)
+    return total, count.int(), report

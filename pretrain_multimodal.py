@@ -1,0 +1,87 @@
+"""Train a vision-language model: arguments -> registry -> megatron.training.pretrain().
+
+Knows no architecture: everything that depends on `--model-arch` comes from its `ModelSpec` in `MODEL_REGISTRY`.
+Run it with torchrun, or through scripts/run_qwen35_vl.sh.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import arguments
+from models import MODEL_REGISTRY, ModelSpec
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+
+    from models.base import MultimodalModel
+
+
+def model_provider(
+    spec: ModelSpec,
+    args: Namespace,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: TransformerConfig | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> MultimodalModel:
+    """Build this rank's pipeline stage; called by `megatron.training.get_model`."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    from runtime.meta import meta_device
+
+    language_config = spec.language_post_config(args, config or core_transformer_config_from_args(args))
+    vision_config = spec.vision_config(args, language_config)
+    # megatron-core's layers name their device: torch.device("meta") alone would allocate everything.
+    with meta_device() if args.init_model_with_meta_device else nullcontext():
+        return spec.build_model(
+            args,
+            language_config,
+            vision_config,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train as the command line says; `argv` defaults to `sys.argv[1:]`."""
+    args = arguments.parse(sys.argv[1:] if argv is None else argv)
+    spec = MODEL_REGISTRY[args.model_arch]
+
+    # After the arguments: a refusal shouldn't cost this import.
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from data.loader import dataset_provider
+    from forward_step import ForwardStep
+    from runtime.outputs import draw_losses, write_arguments, write_hf_folder
+
+    processor = spec.dataset_providers[args.dataset_provider].processor(args)
+    if args.rank == 0 and args.save:
+        write_arguments(args, Path(args.save) / "arguments.json")
+        write_hf_folder(Path(args.save) / "hf", spec.hf_config(args), processor)
+
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        dataset_provider(args, spec, processor),
+        ModelType.encoder_or_decoder,
+        ForwardStep(),
+        partial(model_provider, spec, args),
+    )
+    if args.rank == 0 and args.tensorboard_dir:
+        draw_losses(Path(args.tensorboard_dir), Path(args.tensorboard_dir).parent / "loss.png")
+
+
+if __name__ == "__main__":
+    main()
