@@ -29,9 +29,7 @@ class ForwardStep:
     def __init__(self) -> None:
         self._throughput: Throughput | None = None
 
-    def __call__(
-        self, data_iterator: Iterator[Batch] | None, model: nn.Module
-    ) -> tuple[Tensor, LossFunction]:
+    def __call__(self, data_iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, LossFunction]:
         """Run one micro-batch on this stage.
 
         Args:

@@ -107,15 +107,11 @@ class MultimodalModel(MegatronModule):
             [B, S] loss per token on the last stage ([B, S, vocabulary / TP] logits without labels), hidden states
             [S, B, H] on the others.
         """
-        decoder_input = (
-            self._embed(input_ids, position_ids, vision_index, vision) if self.pre_process else None
-        )
+        decoder_input = self._embed(input_ids, position_ids, vision_index, vision) if self.pre_process else None
         if padding_mask is not None and self.config.sequence_parallel:
             # GPTModel scatters the mask only where it embeds the tokens itself.
             padding_mask = (
-                scatter_to_sequence_parallel_region(
-                    padding_mask.t().contiguous(), group=self.pg_collection.tp
-                )
+                scatter_to_sequence_parallel_region(padding_mask.t().contiguous(), group=self.pg_collection.tp)
                 .t()
                 .contiguous()
             )
