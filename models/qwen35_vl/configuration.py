@@ -11,8 +11,11 @@ are in `to_hf`.
 from __future__ import annotations
 
 import dataclasses
+import json
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -92,6 +95,132 @@ class Qwen35VLConfig:
     def replace(self, **changes: Any) -> Qwen35VLConfig:
         return dataclasses.replace(self, **changes)
 
+    # Megatron's spelling
+
+    def to_flags(self) -> list[str]:
+        """Every Megatron flag that says what the model is; flags that say how it runs are in `arguments`.
+
+        The embedding has `vocab_size` rows whatever the tokenizer or TP: `--padded-vocab-size` is final, and
+        without it Megatron would pad the tokenizer's size to a multiple of 128 * TP.
+        """
+        flags = {
+            "--num-layers": self.num_layers,
+            "--hidden-size": self.hidden_size,
+            "--ffn-hidden-size": self.dense_ffn_hidden_size,
+            "--num-attention-heads": self.num_attention_heads,
+            "--num-query-groups": self.num_query_groups,
+            "--kv-channels": self.kv_channels,
+            "--max-position-embeddings": self.max_position_embeddings,
+            "--vocab-size": self.vocab_size,
+            "--padded-vocab-size": self.vocab_size,
+            "--normalization": "RMSNorm",
+            "--norm-epsilon": self.norm_epsilon,
+            "--init-method-std": self.init_method_std,
+            # Not mrope: Megatron's argument check forbids it with MTP. The model is told mrope when it is built.
+            "--position-embedding-type": "rope",
+            "--rotary-percent": self.rotary_percent,
+            "--rotary-base": self.rotary_base,
+            "--attention-dropout": 0.0,
+            "--hidden-dropout": 0.0,
+            "--experimental-attention-variant": "gated_delta_net",
+            "--linear-attention-freq": self.full_attention_interval,
+            "--linear-conv-kernel-dim": self.linear_conv_kernel_dim,
+            "--linear-key-head-dim": self.linear_key_head_dim,
+            "--linear-value-head-dim": self.linear_value_head_dim,
+            "--linear-num-key-heads": self.linear_num_key_heads,
+            "--linear-num-value-heads": self.linear_num_value_heads,
+        }
+        switches = [
+            "--group-query-attention",
+            "--apply-layernorm-1p",
+            "--swiglu",
+            "--disable-bias-linear",
+            "--qk-layernorm",
+            "--attention-output-gate",
+        ]
+        if not self.tie_word_embeddings:
+            switches.append("--untie-embeddings-and-output-weights")
+        if self.mtp_num_layers:
+            flags |= {"--mtp-num-layers": self.mtp_num_layers, "--mtp-loss-scaling-factor": 0.1}
+        if self.is_moe:
+            # Softmax over the chosen experts, Megatron's default, is softmax over all, renormalised.
+            flags |= {
+                "--num-experts": self.num_experts,
+                "--moe-router-topk": self.moe_router_topk,
+                "--moe-ffn-hidden-size": self.moe_ffn_hidden_size,
+                "--moe-shared-expert-intermediate-size": self.moe_shared_expert_intermediate_size,
+                "--moe-router-load-balancing-type": "aux_loss",
+                "--moe-aux-loss-coeff": 0.001,
+                "--moe-router-dtype": "fp32",
+                "--moe-token-dispatcher-type": "alltoall",
+            }
+            switches.append("--moe-shared-expert-gate")
+        return [
+            *(text for flag, value in flags.items() for text in (flag, str(value))),
+            "--mrope-section",
+            *map(str, self.mrope_section),
+            *switches,
+        ]
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> Qwen35VLConfig:
+        """The effective architecture: the variant's (or the folder's), and what explicit flags changed of it.
+
+        Args:
+            args: Megatron's arguments with ours (`arguments.parse`), or the few that the preflight reads.
+        """
+        base = VARIANTS[args.model_variant] if args.hf_config is None else cls.from_folder(args.hf_config)
+        is_moe = bool(args.num_experts)
+        return base.replace(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups,
+            kv_channels=args.kv_channels,
+            ffn_hidden_size=None if is_moe else args.ffn_hidden_size,
+            num_experts=args.num_experts if is_moe else None,
+            moe_router_topk=args.moe_router_topk if is_moe else None,
+            moe_ffn_hidden_size=args.moe_ffn_hidden_size if is_moe else None,
+            moe_shared_expert_intermediate_size=(args.moe_shared_expert_intermediate_size if is_moe else None),
+            tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+            rotary_percent=args.rotary_percent,
+            rotary_base=args.rotary_base,
+            mrope_section=tuple(args.mrope_section),
+            full_attention_interval=int(args.linear_attention_freq),
+            linear_conv_kernel_dim=args.linear_conv_kernel_dim,
+            linear_key_head_dim=args.linear_key_head_dim,
+            linear_value_head_dim=args.linear_value_head_dim,
+            linear_num_key_heads=args.linear_num_key_heads,
+            linear_num_value_heads=args.linear_num_value_heads,
+            norm_epsilon=args.layernorm_epsilon,
+            init_method_std=args.init_method_std,
+            vocab_size=args.padded_vocab_size,
+            max_position_embeddings=args.max_position_embeddings,
+            mtp_num_layers=args.mtp_num_layers or 0,
+            vision=(
+                base.vision
+                if args.vision_num_layers is None
+                else dataclasses.replace(base.vision, num_layers=args.vision_num_layers)
+            ),
+            token_ids=(
+                base.token_ids
+                if args.image_token_id is None
+                else dataclasses.replace(base.token_ids, image=args.image_token_id)
+            ),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Qwen35VLConfig:
+        """Read `folder/config.json`.
+
+        Raises:
+            ValueError: no such file, not JSON, or not this architecture; the message names the folder.
+        """
+        try:
+            return cls.from_hf(json.loads((Path(folder) / "config.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: {error}") from error
+
     # HuggingFace spelling
 
     def to_hf(self) -> dict[str, Any]:
@@ -102,11 +231,7 @@ class Qwen35VLConfig:
         """
         text = {
             "model_type": "qwen3_5_moe_text" if self.is_moe else "qwen3_5_text",
-            **{
-                hf: getattr(self, ours)
-                for ours, hf in _HF_TEXT_NAMES.items()
-                if getattr(self, ours) is not None
-            },
+            **{hf: getattr(self, ours) for ours, hf in _HF_TEXT_NAMES.items() if getattr(self, ours) is not None},
             "tie_word_embeddings": self.tie_word_embeddings,
             "layer_types": [
                 "linear_attention" if (i + 1) % self.full_attention_interval else "full_attention"
@@ -157,9 +282,7 @@ class Qwen35VLConfig:
         text, vision = (_hf_section(config, name) for name in ("text_config", "vision_config"))
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         fields = {
-            ours: text[hf]
-            for ours, hf in _HF_TEXT_NAMES.items()
-            if hf in text and (is_moe or hf not in _HF_MOE_NAMES)
+            ours: text[hf] for ours, hf in _HF_TEXT_NAMES.items() if hf in text and (is_moe or hf not in _HF_MOE_NAMES)
         }
         if is_moe:
             fields.pop("ffn_hidden_size", None)  # every layer is sparse
@@ -172,13 +295,9 @@ class Qwen35VLConfig:
             # The top-level flag is the true one: text_config repeats its class default.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             rotary_base=int(rope.get("rope_theta", text.get("rope_theta", cls.rotary_base))),
-            rotary_percent=rope.get(
-                "partial_rotary_factor", text.get("partial_rotary_factor", cls.rotary_percent)
-            ),
+            rotary_percent=rope.get("partial_rotary_factor", text.get("partial_rotary_factor", cls.rotary_percent)),
             mrope_section=tuple(rope.get("mrope_section", cls.mrope_section)),
-            vision=Qwen35VLVisionConfig(
-                **{ours: vision[hf] for ours, hf in _HF_VISION_NAMES.items() if hf in vision}
-            ),
+            vision=Qwen35VLVisionConfig(**{ours: vision[hf] for ours, hf in _HF_VISION_NAMES.items() if hf in vision}),
             token_ids=SpecialTokenIds(
                 image=config.get("image_token_id", SpecialTokenIds.image),
                 video=config.get("video_token_id", SpecialTokenIds.video),
@@ -249,9 +368,7 @@ def _full_attention_interval(text: Mapping[str, Any]) -> int:
     interval = text.get("full_attention_interval") or (
         layer_types.index("full_attention") + 1 if "full_attention" in layer_types else len(layer_types) + 1
     )
-    expected = [
-        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(len(layer_types))
-    ]
+    expected = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(len(layer_types))]
     if layer_types != expected or len(layer_types) != text.get("num_hidden_layers"):
         raise ValueError(
             f"config.json: text_config.layer_types isn't num_hidden_layers entries with full_attention every "
@@ -260,12 +377,8 @@ def _full_attention_interval(text: Mapping[str, Any]) -> int:
     return interval
 
 
-_VIT_SMALL = Qwen35VLVisionConfig(
-    num_layers=12, hidden_size=768, num_attention_heads=12, ffn_hidden_size=3072
-)
-_VIT_MEDIUM = Qwen35VLVisionConfig(
-    num_layers=24, hidden_size=1024, num_attention_heads=16, ffn_hidden_size=4096
-)
+_VIT_SMALL = Qwen35VLVisionConfig(num_layers=12, hidden_size=768, num_attention_heads=12, ffn_hidden_size=3072)
+_VIT_MEDIUM = Qwen35VLVisionConfig(num_layers=24, hidden_size=1024, num_attention_heads=16, ffn_hidden_size=4096)
 _VIT_LARGE = Qwen35VLVisionConfig()
 
 _35B = Qwen35VLConfig(
