@@ -1,0 +1,98 @@
+"""transformers' Qwen3.5-VL as the reference of the parity tests.
+
+flash-linear-attention is hidden while the modeling files are imported: with it, they would bind Triton kernels,
+which don't run on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from models.qwen35_vl.configuration import Qwen35VLConfig
+
+
+@contextlib.contextmanager
+def _without_fla() -> Iterator[None]:
+    hidden = sys.modules.get("fla")
+    sys.modules["fla"] = None  # find_spec("fla") answers None
+    try:
+        yield
+    finally:
+        if hidden is None:
+            del sys.modules["fla"]
+        else:
+            sys.modules["fla"] = hidden
+
+
+with _without_fla():
+    from transformers import Qwen3_5Config, Qwen3_5MoeConfig
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+
+TEXT, IMAGE, VIDEO = 0, 1, 2
+
+
+def modeling(architecture: Qwen35VLConfig) -> ModuleType:
+    """The modeling file of the dense or of the MoE family."""
+    return modeling_qwen3_5_moe if architecture.is_moe else modeling_qwen3_5
+
+
+def hf_config(architecture: Qwen35VLConfig) -> Qwen3_5Config | Qwen3_5MoeConfig:
+    """transformers' configuration object, with the attention and expert code that run in float64 too."""
+    config_class = Qwen3_5MoeConfig if architecture.is_moe else Qwen3_5Config
+    config = config_class(**architecture.to_hf())
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    return config
+
+
+def build_hf(architecture: Qwen35VLConfig, seed: int = 0) -> nn.Module:
+    """`Qwen3_5ForConditionalGeneration` or the MoE class, with weights that leave no parameter without effect."""
+    torch.manual_seed(seed)
+    classes = modeling(architecture)
+    name = "Qwen3_5MoeForConditionalGeneration" if architecture.is_moe else "Qwen3_5ForConditionalGeneration"
+    model = getattr(classes, name)(hf_config(architecture))
+    randomize(model)
+    return model
+
+
+def build_hf_vision(architecture: Qwen35VLConfig, seed: int = 0) -> nn.Module:
+    """The ViT alone, with its merger."""
+    torch.manual_seed(seed)
+    model = modeling_qwen3_5.Qwen3_5VisionModel(hf_config(architecture).vision_config)
+    randomize(model)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Harsh random weights: HF's own initialisation (std 0.02, biases 0, norms 1) would hide most mistakes.
+
+    Matrices keep the scale of their input, norms and biases move well away from their neutral value.
+    """
+    for name, weight in model.named_parameters():
+        if name.endswith("A_log"):
+            weight.uniform_(-2.0, 1.5)
+        elif name.endswith("norm.weight") and weight.dim() == 1 and "visual" not in name:
+            weight.normal_(0.2, 0.4)
+        elif weight.dim() == 1:
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+        elif "embed" in name and weight.dim() == 2:
+            weight.normal_(0.0, 1.0)
+        else:
+            fan_in = weight.shape[-1] if weight.dim() == 3 else weight[0].numel()
+            weight.normal_(0.0, fan_in**-0.5)
+
+
+def token_types(input_ids: Tensor, architecture: Qwen35VLConfig) -> Tensor:
+    """`mm_token_type_ids` as the processor makes them: 0 text, 1 image, 2 video."""
+    types = torch.zeros_like(input_ids)
+    types[input_ids == architecture.token_ids.image] = IMAGE
+    types[input_ids == architecture.token_ids.video] = VIDEO
+    return types
