@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -44,8 +45,7 @@ def _backward(
     create_graph: bool = False,
     inputs: Sequence[Tensor] | None = None,
 ) -> None:
-    # A mode is off inside its own handler, and so it would be off in the Python functions that autograd calls:
-    # push a fresh one around the engine's own entry, which isn't redirected.
+    # A mode is off inside its own handler, and so it would be off in the Python functions that autograd calls.
     with _Float64Mode():
         torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
 
@@ -60,7 +60,8 @@ def float64() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Float64Mode():
+        # torch.autograd.backward and grad would leave the mode while they run, as any redirected function does.
+        with _Float64Mode(), mock.patch.object(torch.autograd, "has_torch_function", lambda _: False):
             yield
     finally:
         torch.set_default_dtype(before)
