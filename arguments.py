@@ -1,0 +1,327 @@
+"""The command line: our flags, the architecture's expansion to Megatron's, and all early refusals.
+
+What reaches Megatron's parser is, in this order: what the harness always needs, what this machine needs, the
+architecture (`--model-variant` or `--hf-config`), the user's flags. The last word wins, so an explicit flag beats
+everything else. Importing this file imports neither torch nor megatron.
+
+    python arguments.py FLAGS     check a command line without starting anything (exit code 2 when it is refused)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from models import MODEL_REGISTRY, ModelSpec
+from runtime.machine import Machine, detect
+from runtime.preflight import add_megatron_flags, cp_comm_types, refusals, unknown_name
+
+# What the training loop of this harness is made for; not a matter of taste.
+ALWAYS = (
+    *("--dataloader-type", "external"),  # data/loader.py
+    *("--tokenizer-type", "NullTokenizer"),  # ids come from the processor, the vocabulary from the architecture
+    "--calculate-per-token-loss",
+    "--no-rope-fusion",  # the model rotates by itself (interleaved MRoPE)
+    "--no-one-logger",
+)
+# Accepted so that existing command lines run; the value is what does their job now.
+RETIRED = {
+    "--use-vanilla-collate-fn": "data/batch.py collates every batch; --use-packed-sequence chooses THD",
+    "--total-seq-length": "--seq-length is the number of tokens",
+}
+
+
+class Refused(Exception):
+    """The command line can't run as it is: one entry per problem, each naming the flag and the fix."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(["Refused:", *(f"  - {problem}" for problem in problems)]))
+        self.problems = problems
+
+
+def add_multimodal_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add the harness' own flags to Megatron's parser (its `extra_args_provider`)."""
+    _add_model_args(parser)
+    _add_data_args(parser)
+    return parser
+
+
+def _add_model_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model-arch", default="qwen35_vl", help="Architecture: a name in models.MODEL_REGISTRY")
+    group.add_argument(
+        "--model-variant",
+        default=None,
+        help="Size: the variant's numbers become Megatron flags, which explicit flags override",
+    )
+    group.add_argument(
+        "--hf-config",
+        default=None,
+        metavar="DIR",
+        help="Take the numbers from DIR/config.json instead of a variant's",
+    )
+    group.add_argument("--vision-num-layers", type=int, default=None, help="Layers of the ViT; default: the variant's")
+    group.add_argument(
+        "--image-token-id",
+        type=int,
+        default=None,
+        help="Override the architecture's id of the image placeholder; one that the processor contradicts is refused",
+    )
+    group.add_argument(
+        "--recompute-vision",
+        action="store_true",
+        help="Recompute every ViT layer in backward; the decoder has Megatron's --recompute-* flags",
+    )
+    group.add_argument(
+        "--allow-slow-kernels",
+        action="store_true",
+        help="On a GPU, run plain torch kernels where flash-linear-attention or Transformer Engine is missing",
+    )
+    group.add_argument(
+        "--no-moe-fusion",
+        action="store_true",
+        help="Leave out --moe-permute-fusion and --moe-router-fusion, which Transformer Engine gets by default",
+    )
+
+
+def _add_data_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset-provider", default="mock", help="Where samples come from: mock, receipts, cord_v2 or your own"
+    )
+    group.add_argument("--dataset-path", default=None, help="Folder or hub name of the data; default: the provider's")
+    group.add_argument(
+        "--hf-processor-path",
+        default=None,
+        help="Folder or hub name of a HF processor; default: one built in the repo for the variant's vocabulary",
+    )
+    group.add_argument(
+        "--use-packed-sequence",
+        action="store_true",
+        help="Pack documents into THD rows; without it, one sample per row, padded to --seq-length",
+    )
+    group.add_argument(
+        "--max-patches-per-pack",
+        type=int,
+        default=None,
+        help="Image patches in a pack at most, besides its budget of --seq-length tokens; default: tokens alone",
+    )
+    group.add_argument("--image-size", type=int, default=224, help="Height and width of mock's images in pixels")
+    group.add_argument(
+        "--image-seq-length",
+        type=int,
+        default=256,
+        help="Image tokens in a mock sample at most, in whole images; 0: text only",
+    )
+    group.add_argument("--min-pixels", type=int, default=None, help="Images are enlarged to at least this many pixels")
+    group.add_argument("--max-pixels", type=int, default=None, help="Images are shrunk to at most this many pixels")
+    group.add_argument(
+        "--strict-special-mask",
+        action="store_true",
+        help="Train on no special token, as the in-tree example; default: <|im_end|> after an answer is trained",
+    )
+    group.add_argument("--use-vanilla-collate-fn", action="store_true", help="No effect; a notice says why")
+    group.add_argument("--total-seq-length", type=int, default=None, help="No effect; a notice says what does it now")
+
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    """Check and resolve a command line and make it Megatron's global state; exits with code 2 when refused.
+
+    Args:
+        argv: the flags; default: `sys.argv[1:]`.
+
+    Returns:
+        Megatron's validated arguments with ours; also what `megatron.training.get_args()` gives from now on.
+    """
+    args = resolve(sys.argv[1:] if argv is None else argv)
+    from megatron.training.global_vars import set_global_variables
+
+    set_global_variables(args)
+    return args
+
+
+def resolve(argv: list[str]) -> Namespace:
+    """`parse` without Megatron's global state: callable many times in one process."""
+    command_line = preflight_or_exit(argv)
+    from runtime import cpu, mends
+
+    cpu.enable()
+    mends.apply()
+    from megatron.training.arguments import parse_args, validate_args
+
+    with _command_line(command_line):
+        args = parse_args(_megatron_extra_args)
+    # Megatron takes 0 for "no MTP" in some places and for "MTP with no depth" in others.
+    args.mtp_num_layers = args.mtp_num_layers or None
+    validate_args(args)
+    if args.rank == 0:
+        for notice in notices(args, argv):
+            print(f"notice: {notice}", file=sys.stderr)
+    return args
+
+
+def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
+    """Check a command line without torch and megatron.
+
+    Args:
+        argv: the user's flags.
+        machine: what is installed here.
+        world_size: ranks of the whole job.
+
+    Returns:
+        The complete command line for Megatron's parser.
+
+    Raises:
+        Refused: it can't run.
+    """
+    args = _read(argv)
+    spec, architecture = _architecture(args)
+    if args.num_experts == 0:
+        architecture = without_experts(architecture)
+    if spec.dataset_providers and args.dataset_provider not in spec.dataset_providers:
+        raise Refused([unknown_name("--dataset-provider", args.dataset_provider, spec.dataset_providers)])
+    resolved = ["--model-arch", args.model_arch]
+    if args.hf_config is None and args.model_variant is None:
+        resolved += ["--model-variant", spec.variants[0]]
+    args = _read([*resolved, *architecture, *argv])
+    for_machine = machine_flags(args, machine)
+    command_line = [*ALWAYS, *for_machine, *resolved, *architecture, *argv]
+    args = _read(command_line)
+    problems = refusals(args, command_line, machine, world_size)
+    # Its arithmetic rests on sizes that have passed.
+    problems += spec.check_layout(args)
+    if problems:
+        raise Refused(problems)
+    return command_line
+
+
+def preflight_or_exit(argv: list[str]) -> list[str]:
+    """`preflight` for this machine and the environment's WORLD_SIZE; prints refusals and exits with code 2."""
+    if "-h" in argv or "--help" in argv:
+        _print_help()
+        raise SystemExit(0)
+    try:
+        return preflight(argv, detect(), int(os.environ.get("WORLD_SIZE", "1")))
+    except Refused as refused:
+        print(refused, file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def machine_flags(args: Namespace, machine: Machine) -> list[str]:
+    """What this machine needs or runs best, given the architecture and the layout."""
+    impl = args.transformer_impl or ("transformer_engine" if machine.gpus and machine.transformer_engine else "local")
+    flags = ["--transformer-impl", impl]
+    if not machine.gpus:
+        flags += ["--distributed-backend", "gloo"]
+    if not (machine.gpus and machine.fused_weight_gradients):
+        flags.append("--no-gradient-accumulation-fusion")
+    if args.num_experts and machine.gpus and impl == "transformer_engine":
+        flags.append("--moe-grouped-gemm")
+        if not args.no_moe_fusion:
+            flags += ["--moe-permute-fusion", "--moe-router-fusion"]
+    if args.context_parallel_size > 1 and args.cp_comm_type is None and args.num_attention_heads:
+        args = Namespace(**{**vars(args), "transformer_impl": impl})
+        flags += ["--cp-comm-type", cp_comm_types(args)[0]]
+    return flags
+
+
+def without_experts(flags: list[str]) -> list[str]:
+    """Drop the experts of an architecture's flags (`--num-experts 0`): a dense FFN of `--ffn-hidden-size` is left."""
+    kept, dropping = [], False
+    for word in flags:
+        if word.startswith("--"):
+            dropping = word == "--num-experts" or word.startswith("--moe-")
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def notices(args: Namespace, argv: list[str]) -> list[str]:
+    """What the user should know about flags that were accepted or chosen for them."""
+    given = {word.split("=", 1)[0] for word in argv}
+    found = [f"{flag} has no effect here: {instead}" for flag, instead in RETIRED.items() if flag in given]
+    if args.context_parallel_size > 1 and "--cp-comm-type" not in given:
+        kind = args.cp_comm_type if isinstance(args.cp_comm_type, str) else args.cp_comm_type[0]
+        why = "heads divide by CP" if kind == "a2a" else "heads don't divide by CP, so no a2a"
+        found.append(f"--cp-comm-type {kind} ({why})")
+    return found
+
+
+def _architecture(args: Namespace) -> tuple[ModelSpec, list[str]]:
+    if args.model_arch not in MODEL_REGISTRY:
+        raise Refused([unknown_name("--model-arch", args.model_arch, MODEL_REGISTRY)])
+    spec = MODEL_REGISTRY[args.model_arch]
+    if args.hf_config is not None:
+        if args.model_variant is not None:
+            raise Refused(["--hf-config and --model-variant both name an architecture; give one"])
+        try:
+            return spec, spec.flags_from_hf(Path(args.hf_config))
+        except ValueError as error:
+            raise Refused([str(error)]) from error
+    variant = args.model_variant or spec.variants[0]
+    if variant not in spec.variants:
+        raise Refused([unknown_name("--model-variant", variant, spec.variants)])
+    return spec, spec.flags(variant)
+
+
+class _LightParser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refused([message])
+
+
+def _read(argv: list[str]) -> Namespace:
+    """What the preflight needs of a command line; Megatron's other flags are left to its own parser."""
+    parser = _LightParser(allow_abbrev=False, add_help=False)
+    add_megatron_flags(parser)
+    add_multimodal_args(parser)
+    return parser.parse_known_args(argv)[0]
+
+
+def _megatron_extra_args(parser: ArgumentParser) -> ArgumentParser:
+    parser = add_multimodal_args(parser)
+
+    def error(message: str) -> NoReturn:
+        """Without Megatron's usage text, which has a thousand lines."""
+        known = [name for action in parser._actions for name in action.option_strings]
+        guesses = [
+            f"{word}: did you mean {' or '.join(close)}?"
+            for word in message.split()
+            if word.startswith("--") and (close := get_close_matches(word.split("=", 1)[0], known, n=2))
+        ]
+        print(Refused([message, *guesses]), file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+    parser.error = error
+    return parser
+
+
+@contextmanager
+def _command_line(argv: list[str]) -> Iterator[None]:
+    """Megatron's `parse_args` reads `sys.argv` only."""
+    saved = sys.argv
+    sys.argv = [saved[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = saved
+
+
+def _print_help() -> None:
+    parser = ArgumentParser(
+        prog="pretrain_multimodal.py",
+        usage="pretrain_multimodal.py [our flags] [Megatron flags]",
+        description="The harness' own flags. Every flag of Megatron-LM's pretraining works too.",
+        add_help=False,
+    )
+    add_multimodal_args(parser)
+    parser.print_help()
+
+
+if __name__ == "__main__":
+    preflight_or_exit(sys.argv[1:])

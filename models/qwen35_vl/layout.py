@@ -1,0 +1,98 @@
+"""Which layouts Qwen3.5-VL can run in. Torch-free: the launcher's preflight reads it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+
+
+def check_layout(args: Namespace) -> list[str]:
+    """Refusals of what Megatron's own divisibility rules don't cover (those are in `runtime.preflight`).
+
+    Args:
+        args: the flags that the preflight reads, architecture included, under Megatron's names.
+
+    Returns:
+        One sentence per problem, naming the flag and the fix; empty when the layout can run.
+    """
+    if missing := _missing_moe_flags(args):
+        moe = ", ".join(name for name, variant in VARIANTS.items() if variant.is_moe)
+        return [
+            f"--num-experts {args.num_experts} on a dense architecture also needs {', '.join(missing)}; "
+            f"or take an MoE variant: {moe}"
+        ]
+    try:
+        config = Qwen35VLConfig.from_args(args)
+    except ValueError:
+        return [
+            f"--linear-attention-freq {args.linear_attention_freq}: only a number n is built, "
+            "for full attention in every n-th layer"
+        ]
+    return [
+        *_check_decoder(args, config),
+        *_check_vision(args, config),
+    ]
+
+
+def _missing_moe_flags(args: Namespace) -> list[str]:
+    if not args.num_experts:
+        return []
+    needed = {
+        "--moe-ffn-hidden-size": args.moe_ffn_hidden_size,
+        "--moe-shared-expert-intermediate-size": args.moe_shared_expert_intermediate_size,
+    }
+    return [flag for flag, value in needed.items() if value is None]
+
+
+def _check_decoder(args: Namespace, config: Qwen35VLConfig) -> list[str]:
+    problems = []
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    for kind, heads in (("key", config.linear_num_key_heads), ("value", config.linear_num_value_heads)):
+        if heads % (tp * cp):
+            largest = max(n for n in range(1, heads + 1) if heads % (tp * n) == 0) if heads % tp == 0 else None
+            fix = (
+                f"--context-parallel-size {largest} is the largest that works at this TP"
+                if largest
+                else f"--tensor-model-parallel-size has to divide {heads}"
+            )
+            problems.append(
+                f"--tensor-model-parallel-size {tp} --context-parallel-size {cp}: the {heads} GatedDeltaNet {kind} "
+                f"heads don't divide by TP * CP = {tp * cp}; {fix}"
+            )
+    if tp > 1 and not args.sequence_parallel:
+        problems.append(
+            f"--tensor-model-parallel-size {tp} without --sequence-parallel: megatron-core 0.19.2 leaves the "
+            "GatedDeltaNet output norm's gradient unreduced over TP; add --sequence-parallel"
+        )
+    rotary_pairs = int(config.kv_channels * config.rotary_percent) // 2
+    if sum(config.mrope_section) != rotary_pairs:
+        section = " ".join(map(str, config.mrope_section))
+        problems.append(
+            f"--mrope-section {section}: sums to {sum(config.mrope_section)}, but --kv-channels {config.kv_channels} "
+            f"and --rotary-percent {config.rotary_percent} leave {rotary_pairs} frequencies"
+        )
+    if not 0 <= config.token_ids.image < config.vocab_size:
+        problems.append(
+            f"--image-token-id {config.token_ids.image} isn't among the embedding's {config.vocab_size} rows"
+        )
+    return problems
+
+
+def _check_vision(args: Namespace, config: Qwen35VLConfig) -> list[str]:
+    problems = []
+    tp, vision = args.tensor_model_parallel_size, config.vision
+    for what, size in (("heads", vision.num_attention_heads), ("FFN channels", vision.ffn_hidden_size)):
+        if size % tp:
+            problems.append(
+                f"--tensor-model-parallel-size {tp}: the ViT's {size} {what} don't divide by it; "
+                f"use a TP that divides {size}"
+            )
+    if vision.num_layers < 1:
+        problems.append(f"--vision-num-layers {vision.num_layers}: the ViT needs at least one layer")
+    unit = vision.patch_size * vision.spatial_merge_size
+    if args.dataset_provider == "mock" and args.image_size % unit:
+        problems.append(
+            f"--image-size {args.image_size}: mock images are whole merged patches; use a multiple of {unit}"
+        )
+    return problems

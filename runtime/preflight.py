@@ -1,0 +1,417 @@
+"""Refusals before anything expensive starts: layouts and machines that can't run what the flags ask for.
+
+Imports neither torch nor megatron, so that the launcher answers within a second. Each refusal names the flag
+and the fix. What only one architecture knows is in its `ModelSpec.check_layout`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from difflib import get_close_matches
+from math import lcm
+from pathlib import Path
+
+from runtime.machine import Machine
+
+# Megatron's flags that the checks and the architectures read, with Megatron's own defaults
+# (tests/test_preflight.py compares them with its parser).
+_NUMBERS: dict[str, int | float | None] = {
+    "--num-layers": None,
+    "--hidden-size": None,
+    "--ffn-hidden-size": None,
+    "--num-attention-heads": None,
+    "--num-query-groups": 1,
+    "--kv-channels": None,
+    "--max-position-embeddings": None,
+    "--padded-vocab-size": None,
+    "--linear-conv-kernel-dim": 4,
+    "--linear-key-head-dim": 128,
+    "--linear-value-head-dim": 128,
+    "--linear-num-key-heads": 16,
+    "--linear-num-value-heads": 32,
+    "--rotary-base": 10000,
+    "--rotary-percent": 1.0,
+    "--init-method-std": 0.02,
+    "--mtp-num-layers": None,
+    "--num-experts": None,
+    "--moe-router-topk": 2,
+    "--moe-ffn-hidden-size": None,
+    "--moe-shared-expert-intermediate-size": None,
+    "--tensor-model-parallel-size": 1,
+    "--pipeline-model-parallel-size": 1,
+    "--context-parallel-size": 1,
+    "--expert-model-parallel-size": 1,
+    "--expert-tensor-parallel-size": None,
+    "--decoder-first-pipeline-num-layers": None,
+    "--decoder-last-pipeline-num-layers": None,
+    "--num-layers-per-virtual-pipeline-stage": None,
+    "--num-virtual-stages-per-pipeline-rank": None,
+    "--micro-batch-size": None,
+    "--global-batch-size": None,
+    "--seq-length": None,
+}
+_SWITCHES = (
+    "--group-query-attention",
+    "--untie-embeddings-and-output-weights",
+    "--sequence-parallel",
+    "--account-for-embedding-in-pipeline-split",
+    "--account-for-loss-in-pipeline-split",
+    "--use-megatron-fsdp",
+    "--exit-on-missing-checkpoint",
+)
+_TEXTS: dict[str, str | None] = {
+    "--linear-attention-freq": None,
+    "--pipeline-model-parallel-layout": None,
+    "--ckpt-format": "torch_dist",
+    "--load": None,
+    "--wandb-project": None,
+}
+
+# Megatron features that the harness doesn't build. One line each: delete it when that changes.
+UNSUPPORTED = {
+    "--yaml-cfg": "flags come from the command line; --model-variant or --hf-config gives the architecture",
+    "--use-checkpoint-args": "the architecture comes from --model-variant or --hf-config",
+    "--hybrid-layer-pattern": "layers are placed by --linear-attention-freq",
+    "--hybrid-override-pattern": "layers are placed by --linear-attention-freq",
+    "--heterogeneous-layers-config-path": "all layers have one shape",
+    "--multi-latent-attention": "attention is grouped-query",
+    "--hybrid-context-parallel": "use --context-parallel-size",
+    "--use-torch-fsdp2": "use --use-megatron-fsdp",
+    "--data-path": "data comes from --dataset-provider",
+    "--mock-data": "use --dataset-provider mock",
+}
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def add_megatron_flags(parser: ArgumentParser) -> None:
+    """Give a light parser the flags of Megatron's that the checks read, under Megatron's names.
+
+    `cp_comm_type` and `transformer_impl` are None when not given: `arguments.expand` chooses.
+    """
+    for flag, default in _NUMBERS.items():
+        parser.add_argument(flag, type=float if isinstance(default, float) else int, default=default)
+    for flag in _SWITCHES:
+        parser.add_argument(flag, action="store_true")
+    for flag, default in _TEXTS.items():
+        parser.add_argument(flag, default=default)
+    parser.add_argument("--norm-epsilon", dest="layernorm_epsilon", type=float, default=1e-5)
+    parser.add_argument("--mrope-section", type=int, nargs="+", default=None)
+    parser.add_argument("--cp-comm-type", nargs="+", default=None)
+    parser.add_argument("--transformer-impl", default=None)
+
+
+def refusals(args: Namespace, command_line: list[str], machine: Machine, world_size: int) -> list[str]:
+    """Everything wrong with the flags by Megatron's rules and this machine's, each with its fix.
+
+    Args:
+        args: the effective flags as `add_megatron_flags` and `arguments.add_multimodal_args` read them.
+        command_line: the same, unread, for flags that the harness doesn't build.
+        machine: what is installed.
+        world_size: ranks of the whole job.
+    """
+    return [
+        *_unsupported(command_line),
+        *_machine(args, machine),
+        *_world(args, world_size),
+        *_attention_heads(args),
+        *_context_parallel(args),
+        *_sequence(args),
+        *_experts(args, world_size),
+        *_pipeline(args),
+        *_checkpoint(args),
+        *_processor(args),
+    ]
+
+
+def unknown_name(flag: str, name: str, known: Iterable[str]) -> str:
+    """A refusal that lists what there is, the closest first."""
+    known = list(known)
+    close = get_close_matches(name.lower(), known, n=1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"{flag} {name}: no such name; {guess}There is: {', '.join(known) or 'none'}"
+
+
+def cp_comm_types(args: Namespace) -> list[str]:
+    """The values of --cp-comm-type that these heads and this --transformer-impl can take, the best first."""
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    # Fewer KV heads than TP ranks are repeated: each rank has one.
+    queries, keys = args.num_attention_heads // tp, max(_kv_heads(args) // tp, 1)
+    a2a = [] if queries % cp or keys % cp else ["a2a"]
+    return a2a + (["all_gather"] if args.transformer_impl == "local" else ["p2p", "all_gather"])
+
+
+def _kv_heads(args: Namespace) -> int:
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+
+def _unsupported(command_line: list[str]) -> list[str]:
+    given = {word.split("=", 1)[0] for word in command_line}
+    return [f"{flag}: not supported; {why}" for flag, why in UNSUPPORTED.items() if flag in given]
+
+
+def _machine(args: Namespace, machine: Machine) -> list[str]:
+    problems = []
+    if args.transformer_impl == "transformer_engine":
+        if not machine.transformer_engine:
+            problems.append(
+                "--transformer-impl transformer_engine: Transformer Engine isn't installed; "
+                "use --transformer-impl local, or install the extra: pip install '.[te]'"
+            )
+        if not machine.gpus:
+            problems.append(
+                "--transformer-impl transformer_engine: no CUDA device is visible (CUDA_VISIBLE_DEVICES="
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); use --transformer-impl local"
+            )
+    elif args.transformer_impl != "local":
+        problems.append(f"--transformer-impl {args.transformer_impl}: use local or transformer_engine")
+    if machine.gpus and not args.allow_slow_kernels:
+        missing = []
+        if not machine.flash_linear_attention:
+            missing.append("flash-linear-attention")
+        if not machine.transformer_engine:
+            missing.append("Transformer Engine")
+        if missing:
+            problems.append(
+                f"{' and '.join(missing)} not installed: on a GPU, plain torch kernels are many times slower; "
+                "pip install '.[te]', or accept them with --allow-slow-kernels"
+            )
+    if args.wandb_project and not machine.wandb:
+        problems.append(f"--wandb-project {args.wandb_project}: wandb isn't installed; pip install wandb")
+    return problems
+
+
+def _world(args: Namespace, world_size: int) -> list[str]:
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    small = [
+        f"{flag} {size}: has to be at least 1"
+        for flag, size in (
+            ("--tensor-model-parallel-size", tp),
+            ("--pipeline-model-parallel-size", pp),
+            ("--context-parallel-size", cp),
+            ("--expert-model-parallel-size", args.expert_model_parallel_size),
+            ("--micro-batch-size", 1 if args.micro_batch_size is None else args.micro_batch_size),
+        )
+        if size < 1
+    ]
+    if small:
+        return small
+    if world_size % (tp * pp * cp):
+        return [
+            f"--tensor-model-parallel-size {tp} * --pipeline-model-parallel-size {pp} * --context-parallel-size {cp} "
+            f"= {tp * pp * cp} doesn't divide the {world_size} ranks; "
+            f"start a multiple of {tp * pp * cp} ranks or lower one of them"
+        ]
+    data_ranks = world_size // (tp * pp * cp)
+    if args.micro_batch_size and args.global_batch_size:
+        step = args.micro_batch_size * data_ranks
+        if args.global_batch_size % step:
+            return [
+                f"--global-batch-size {args.global_batch_size}: not a multiple of --micro-batch-size "
+                f"{args.micro_batch_size} * {data_ranks} data-parallel ranks; {_nearest(args.global_batch_size, step)}"
+            ]
+    return []
+
+
+def _attention_heads(args: Namespace) -> list[str]:
+    problems = []
+    tp, heads, kv = args.tensor_model_parallel_size, args.num_attention_heads, _kv_heads(args)
+    if heads % tp:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: the {heads} query heads don't divide by it; "
+            f"use one of {_divisors(heads)}"
+        )
+    if kv % tp and tp % kv:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: the {kv} KV heads are neither a multiple nor a divisor of it; "
+            f"use one of {[n for n in _divisors(heads) if not (kv % n and n % kv)]}"
+        )
+    if args.padded_vocab_size is not None and args.padded_vocab_size % tp:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: the embedding's {args.padded_vocab_size} rows don't divide by it"
+        )
+    if not args.num_experts and args.ffn_hidden_size is not None and args.ffn_hidden_size % tp:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: --ffn-hidden-size {args.ffn_hidden_size} doesn't divide by it"
+        )
+    return problems
+
+
+def _context_parallel(args: Namespace) -> list[str]:
+    cp = args.context_parallel_size
+    if cp == 1 or args.num_attention_heads % args.tensor_model_parallel_size:
+        return []
+    given = args.cp_comm_type
+    working = cp_comm_types(args)
+    if len(given) not in (1, args.num_layers):
+        return [f"--cp-comm-type: {len(given)} values; give one, or one for each of the {args.num_layers} layers"]
+    problems = []
+    for kind in dict.fromkeys(given):
+        if kind in working or (kind == "a2a+p2p" and args.transformer_impl == "transformer_engine"):
+            continue
+        if kind == "a2a":
+            why = (
+                f"{args.num_attention_heads} query and {_kv_heads(args)} KV heads at TP "
+                f"{args.tensor_model_parallel_size} don't divide by --context-parallel-size {cp}"
+            )
+        else:
+            why = f"--transformer-impl {args.transformer_impl} has no such exchange"
+        problems.append(f"--cp-comm-type {kind}: {why}; use {' or '.join(working)}")
+    return problems
+
+
+def _sequence(args: Namespace) -> list[str]:
+    if args.seq_length is None:
+        return ["--seq-length is missing: tokens per row, or per MBS unit of a pack"]
+    problems = []
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    # CP's zigzag cuts a row into 2 * CP chunks, SP cuts each rank's share into TP.
+    step = cp * lcm(2, tp if args.sequence_parallel else 1) if cp > 1 else (tp if args.sequence_parallel else 1)
+    if args.use_packed_sequence:
+        step = 2 * cp if cp > 1 else 1  # documents are padded by themselves; Megatron checks the budget
+    if args.seq_length % step:
+        problems.append(
+            f"--seq-length {args.seq_length}: --context-parallel-size {cp} with --tensor-model-parallel-size {tp} "
+            f"need a multiple of {step}; {_nearest(args.seq_length, step)}"
+        )
+    if args.max_position_embeddings is not None and args.seq_length > args.max_position_embeddings:
+        problems.append(
+            f"--seq-length {args.seq_length}: the model has positions up to {args.max_position_embeddings}; "
+            "lower it, or raise --max-position-embeddings"
+        )
+    return problems
+
+
+def _experts(args: Namespace, world_size: int) -> list[str]:
+    ep, tp, pp = (
+        args.expert_model_parallel_size,
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+    )
+    etp = args.expert_tensor_parallel_size or tp
+    if not args.num_experts:
+        if ep == 1:
+            return []
+        return [f"--expert-model-parallel-size {ep}: the model is dense; use 1, or a variant with experts"]
+    problems = []
+    if args.num_experts % ep:
+        problems.append(
+            f"--expert-model-parallel-size {ep}: the {args.num_experts} experts don't divide by it; "
+            f"use one of {_divisors(args.num_experts)}"
+        )
+    if world_size % (ep * etp * pp):
+        problems.append(
+            f"--expert-model-parallel-size {ep} * --expert-tensor-parallel-size {etp} * "
+            f"--pipeline-model-parallel-size {pp} = {ep * etp * pp} doesn't divide the {world_size} ranks; lower one"
+            + ("" if args.expert_tensor_parallel_size else " (--expert-tensor-parallel-size is TP unless given)")
+        )
+    for flag, size, ranks in (
+        ("--moe-ffn-hidden-size", args.moe_ffn_hidden_size, etp),
+        ("--moe-shared-expert-intermediate-size", args.moe_shared_expert_intermediate_size, tp),
+    ):
+        if size is not None and size % ranks:
+            problems.append(f"{flag} {size}: doesn't divide by the {ranks} tensor-parallel ranks that share it")
+    if args.moe_router_topk > args.num_experts:
+        problems.append(f"--moe-router-topk {args.moe_router_topk}: there are only {args.num_experts} experts")
+    return problems
+
+
+def _pipeline(args: Namespace) -> list[str]:
+    pp = args.pipeline_model_parallel_size
+    virtual = args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
+    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    if pp == 1:
+        return [
+            f"{flag}: needs --pipeline-model-parallel-size above 1"
+            for flag, value in (
+                ("--num-virtual-stages-per-pipeline-rank", args.num_virtual_stages_per_pipeline_rank),
+                ("--num-layers-per-virtual-pipeline-stage", args.num_layers_per_virtual_pipeline_stage),
+                ("--decoder-first-pipeline-num-layers", first),
+                ("--decoder-last-pipeline-num-layers", last),
+            )
+            if value is not None
+        ]
+    problems = []
+    if args.use_megatron_fsdp:
+        problems.append(
+            f"--use-megatron-fsdp with --pipeline-model-parallel-size {pp}: megatron-core 0.19.2 doesn't check it and "
+            "trains wrongly; drop one (USE_FSDP=0 or PP=1)"
+        )
+    if args.pipeline_model_parallel_layout is not None:
+        return problems  # Megatron checks a written-out layout
+    layers = args.num_layers - (first or 0) - (last or 0)
+    layers += args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+    stages = pp - (first is not None) - (last is not None)
+    if (stages and (layers < stages or layers % stages)) or (not stages and layers):
+        problems.append(
+            f"--pipeline-model-parallel-size {pp}: {layers} layers don't divide among {stages} stages; "
+            "change --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers"
+        )
+    elif virtual and stages:
+        per_stage = layers // stages
+        if per_stage % virtual:
+            problems.append(
+                f"virtual pipeline: {per_stage} layers per stage don't divide by {virtual} "
+                "(--num-virtual-stages-per-pipeline-rank or --num-layers-per-virtual-pipeline-stage)"
+            )
+    return problems
+
+
+def _checkpoint(args: Namespace) -> list[str]:
+    problems = []
+    if args.use_megatron_fsdp != (args.ckpt_format == "fsdp_dtensor"):
+        wanted = (
+            "--ckpt-format fsdp_dtensor"
+            if args.use_megatron_fsdp
+            else "--ckpt-format torch_dist (CKPT_FORMAT=torch_dist)"
+        )
+        problems.append(
+            f"--ckpt-format {args.ckpt_format}: fsdp_dtensor and --use-megatron-fsdp need each other; "
+            f"use --ckpt-format {wanted} (CKPT_FORMAT)"
+        )
+    if args.use_megatron_fsdp and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        problems.append("--use-megatron-fsdp: unset the environment's CUDA_DEVICE_MAX_CONNECTIONS=1")
+    if args.load and args.exit_on_missing_checkpoint and not Path(args.load).exists():
+        problems.append(f"--load {args.load}: no such folder (CKPT_LOAD)")
+    return problems
+
+
+def _processor(args: Namespace) -> list[str]:
+    path = args.hf_processor_path
+    if path is None:
+        return []
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        files = ("preprocessor_config.json", "processor_config.json")
+        if any((folder / name).is_file() for name in files):
+            return []
+        return [
+            f"--hf-processor-path {path}: the folder has neither {' nor '.join(files)}; name a HF processor's folder"
+        ]
+    if not HUB_NAME.fullmatch(path) or path.startswith("."):
+        return [f"--hf-processor-path {path}: no such folder; without the flag the harness builds its own processor"]
+    if os.environ.get("HF_HUB_OFFLINE") == "1" and not _in_hub_cache(path):
+        return [f"--hf-processor-path {path}: not in the hub's cache, and HF_HUB_OFFLINE=1 forbids fetching it"]
+    return []
+
+
+def _in_hub_cache(name: str) -> bool:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    return (cache / f"models--{name.replace('/', '--')}").is_dir()
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _nearest(number: int, step: int) -> str:
+    below = number // step * step
+    return f"use {below or step} or {below + step}" if below else f"use {step}"
