@@ -16,7 +16,6 @@ from megatron.training import get_timers
 from torch import Tensor, nn
 
 from data.batch import Batch, BatchStats
-from data.loader import read_batch
 from runtime.context_parallel import partition_batch
 from runtime.throughput import Throughput
 
@@ -29,11 +28,11 @@ class ForwardStep:
     def __init__(self) -> None:
         self._throughput: Throughput | None = None
 
-    def __call__(self, data_iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, LossFunction]:
+    def __call__(self, data_iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, LossFunction]:
         """Run one micro-batch on this stage.
 
         Args:
-            data_iterator: yields batches on the ranks that load, None on the others.
+            data_iterator: yields this rank's batches; see `data.loader.BatchReader`.
             model: this stage, in Megatron's wrappers.
 
         Returns:
@@ -42,7 +41,7 @@ class ForwardStep:
         timers = get_timers()
         stage = get_attr_wrapped_model(model, "vision_model", return_model_obj=True)
         timers("batch-generator", log_level=2).start()
-        batch = read_batch(data_iterator, with_vision=stage.pre_process)
+        batch = next(data_iterator)
         batch = partition_batch(batch, mpu.get_context_parallel_group())
         timers("batch-generator").stop()
 

@@ -1,0 +1,96 @@
+"""Where training data comes from: `DATASET_PROVIDERS`, the names that `--dataset-provider` takes.
+
+    dataset (mock | receipts | cord_v2 | yours) -> Sample -> Pack -> Batch
+    SampleDataset (pack.py)      sample.py   pack.py   batch.py, loader.py
+
+A dataset of yours is a class with four things, and one line here:
+
+    class Captions:                                     # data.pack.SampleDataset
+        name, cache_dir = "captions/train", None
+        fingerprint = "captions v1"                     # changes whenever the sizes could
+        def __len__(self) -> int: ...
+        def size(self, index: int) -> SampleSize: ...   # tokens and patches, without decoding pixels
+        def __getitem__(self, index: int) -> Sample: ...
+
+    DATASET_PROVIDERS["captions"] = DatasetProvider("captions", needs_processor=True, build=build_captions)
+
+where `build_captions(args, split, processor, model_inputs)` returns it for "train", "validation" and "test".
+Order, packing, sharding over ranks, resuming and batches are the harness's.
+
+Torch-free to import: the launcher's preflight lists the names, and the functions import what they need.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+    from data.pack import SampleDataset
+    from models.spec import ModelInputs
+
+Split = Literal["train", "validation", "test"]
+
+
+class BuildDataset(Protocol):
+    def __call__(
+        self, args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs
+    ) -> SampleDataset: ...
+
+
+@dataclass(frozen=True)
+class DatasetProvider:
+    """One source of training data.
+
+    name: what `--dataset-provider` calls it.
+    needs_processor: its samples are made of text and images with a HuggingFace processor.
+    build: makes one split. Called on one rank first, then on every rank that loads, so what it writes to disk the
+        first time isn't written twice.
+    """
+
+    name: str
+    needs_processor: bool
+    build: BuildDataset
+
+    def processor(self, args: Namespace) -> ProcessorMixin | None:
+        """The processor that the samples are made with: `--hf-processor-path`'s, or the one built in the repo."""
+        if not self.needs_processor:
+            return None
+        from data.processor import load_processor
+
+        return load_processor(args)
+
+
+def _mock(args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs) -> SampleDataset:
+    from data.mock import build
+
+    return build(args, split, model_inputs)
+
+
+def _receipts(
+    args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs
+) -> SampleDataset:
+    from data.receipts import build
+
+    return build(args, split, processor, model_inputs)
+
+
+def _cord_v2(
+    args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs
+) -> SampleDataset:
+    from data.cord_v2 import build
+
+    return build(args, split, processor, model_inputs)
+
+
+DATASET_PROVIDERS: dict[str, DatasetProvider] = {
+    provider.name: provider
+    for provider in (
+        DatasetProvider("mock", needs_processor=False, build=_mock),
+        DatasetProvider("receipts", needs_processor=True, build=_receipts),
+        DatasetProvider("cord_v2", needs_processor=True, build=_cord_v2),
+    )
+}

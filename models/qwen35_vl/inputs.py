@@ -32,6 +32,10 @@ class Qwen35VLInputs:
         vision = self.config.vision
         return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
+    @property
+    def patch_size(self) -> int:
+        return self.config.vision.patch_size
+
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
         return position_ids(input_ids, grid_thw, self.config.token_ids, self.merge_size)
 

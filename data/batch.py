@@ -1,0 +1,252 @@
+"""Packs of samples -> one micro-batch of tensors, in the loader's workers.
+
+Shapes: B rows, S tokens of a row (THD: B=1, S=T packed tokens), L tokens of a document, P patches, D values of a
+patch, I images, N documents. A document is a sample in its row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from data.pack import Pack
+from data.sample import Sample
+from models.spec import BatchShape, ModelInputs
+
+# Device memory is read in lines of this many bytes.
+BUFFER_ALIGNMENT = 128
+
+
+@dataclass(frozen=True)
+class BatchStats:
+    """What the log needs to know of a micro-batch: numbers of the host, over all ranks that share it.
+
+    tokens and padding_tokens add up to the tokens that the model processes; flops are forward and backward.
+    """
+
+    documents: int
+    tokens: int
+    trained_tokens: int
+    padding_tokens: int
+    images: int
+    patches: int
+    flops: float
+
+
+@dataclass
+class Batch:
+    """One micro-batch.
+
+    input_ids: [B, S] int64.
+    labels: [B, S] int64, already shifted: labels[i] = input_ids[i + 1] inside a document.
+    loss_mask: [B, S] float32, 1 where labels[i] is trained.
+    padding_mask: [B, S] bool, True on padding.
+    position_ids: [3, B, S] int64.
+    vision_index: [B, S] int64, row of the vision features that replaces this token's embedding; -1 for text.
+    cu_seqlens: [N + 1] int32 over padded documents, cu_seqlens[-1] == T; None in BSHD.
+    max_seqlen: longest padded document (BSHD: S).
+    vision: the vision encoder's keyword arguments, pixel_values [P, D] among them; None on pipeline stages that
+        don't run it.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    padding_mask: Tensor
+    position_ids: Tensor
+    vision_index: Tensor
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    vision: dict[str, Tensor | int] | None
+    stats: BatchStats
+
+    def without_vision(self) -> Self:
+        """For the pipeline stages behind the first."""
+        return replace(self, vision=None)
+
+
+def collate(
+    packs: Sequence[Pack],
+    model_inputs: ModelInputs,
+    *,
+    alignment: int,
+    packed: bool,
+    seq_len: int,
+    dtype: torch.dtype,
+    pad_token_id: int,
+) -> Batch:
+    """Make a micro-batch.
+
+    Args:
+        packs: of the micro-batch. In BSHD each is one sample.
+        model_inputs: what the model computes from ids and grids.
+        alignment: each THD document is padded at its end to a multiple of it.
+        packed: one THD row of all samples, as long as they are; or a BSHD row of seq_len tokens for each.
+        seq_len: no sample is longer.
+        dtype: of the pixels.
+        pad_token_id: input id and label of padding.
+
+    Raises:
+        ValueError: a sample contradicts itself or is too long; the message names it.
+    """
+    samples = [sample for pack in packs for sample in pack]
+    for sample in samples:
+        _check(sample, model_inputs, seq_len)
+    lengths = [len(sample.input_ids) for sample in samples]
+    if packed:
+        padded = [-(-length // alignment) * alignment for length in lengths]
+        cu_seqlens = torch.tensor([0, *padded]).cumsum(0).to(torch.int32)
+    else:
+        padded = [seq_len] * len(samples)
+        cu_seqlens = None
+    rows = 1 if packed else len(samples)
+
+    def lay_out(parts: list[Tensor], fill: int) -> Tensor:
+        """[..., L] of each document -> [..., B, S], padded."""
+        grown = [
+            torch.nn.functional.pad(part, (0, length - part.size(-1)), value=fill)
+            for part, length in zip(parts, padded, strict=True)
+        ]
+        return torch.cat(grown, dim=-1).unflatten(-1, (rows, -1))
+
+    positions = [model_inputs.position_ids(sample.input_ids, sample.grid_thw) for sample in samples]
+    real_tokens = [torch.ones(length, dtype=torch.bool) for length in lengths]
+    input_ids = lay_out([sample.input_ids for sample in samples], pad_token_id)
+    loss_mask = lay_out([sample.trained[1:] for sample in samples], False)
+    grid_thw = torch.cat([sample.grid_thw for sample in samples])
+    patches = int(grid_thw.prod(-1).sum())
+    return Batch(
+        input_ids=input_ids,
+        labels=lay_out([sample.input_ids[1:] for sample in samples], pad_token_id),
+        loss_mask=loss_mask.float(),
+        padding_mask=~lay_out(real_tokens, False),
+        position_ids=lay_out(positions, 0),
+        vision_index=_vision_index(lay_out(_placeholders(samples, model_inputs), False)),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(padded),
+        vision=_vision(samples, grid_thw, model_inputs, dtype),
+        stats=BatchStats(
+            documents=len(samples),
+            tokens=sum(lengths),
+            trained_tokens=int(loss_mask.sum()),
+            padding_tokens=sum(padded) - sum(lengths),
+            images=len(grid_thw),
+            patches=patches,
+            flops=model_inputs.flops(BatchShape(tuple(padded), grid_thw)),
+        ),
+    )
+
+
+def _check(sample: Sample, model_inputs: ModelInputs, seq_len: int) -> None:
+    length = len(sample.input_ids)
+    if not 0 < length <= seq_len:
+        raise ValueError(f"{sample.id}: {length} tokens; a sample has at least 1 and at most --seq-length {seq_len}")
+    if len(sample.trained) != length:
+        raise ValueError(f"{sample.id}: {len(sample.trained)} marks of trained tokens for {length} tokens")
+    patches = int(sample.grid_thw.prod(-1).sum())
+    if sample.pixel_values.shape != (patches, model_inputs.patch_dim):
+        raise ValueError(
+            f"{sample.id}: pixel_values are {tuple(sample.pixel_values.shape)}; its image grids "
+            f"{sample.grid_thw.tolist()} and the model say {(patches, model_inputs.patch_dim)}"
+        )
+    placeholders = int((sample.input_ids == model_inputs.image_token_id).sum())
+    features = patches // model_inputs.merge_size**2
+    if placeholders != features:
+        raise ValueError(
+            f"{sample.id}: {placeholders} image tokens (id {model_inputs.image_token_id}) for {features} features "
+            f"of its image grids {sample.grid_thw.tolist()}"
+        )
+
+
+def _placeholders(samples: Sequence[Sample], model_inputs: ModelInputs) -> list[Tensor]:
+    return [sample.input_ids == model_inputs.image_token_id for sample in samples]
+
+
+def _vision_index(placeholders: Tensor) -> Tensor:
+    """[B, S] bool -> [B, S] int64: features come in the order of their placeholders, row after row."""
+    counted = placeholders.flatten().cumsum(0).view_as(placeholders) - 1
+    return torch.where(placeholders, counted, -1)
+
+
+def _vision(
+    samples: Sequence[Sample], grid_thw: Tensor, model_inputs: ModelInputs, dtype: torch.dtype
+) -> dict[str, Tensor | int]:
+    """The encoder's inputs. Without an image, one merged patch of zeros: every rank runs the encoder, or some hang."""
+    pixel_values = torch.cat([sample.pixel_values for sample in samples]).to(dtype)
+    if len(grid_thw) == 0:
+        merge = model_inputs.merge_size
+        grid_thw = torch.tensor([[1, merge, merge]])
+        pixel_values = torch.zeros(merge * merge, model_inputs.patch_dim, dtype=dtype)
+    return {"pixel_values": pixel_values, **model_inputs.vision_inputs(grid_thw)}
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """A batch as one buffer, so that a process, a device or a group of ranks gets it in one copy.
+
+    header: JSON of what isn't in the buffer: each tensor's place, dtype and shape, and the host's numbers.
+    buffer: [bytes] uint8.
+    """
+
+    header: bytes
+    buffer: Tensor
+
+    def pin_memory(self) -> FlatBatch:
+        """Called by torch's DataLoader."""
+        return replace(self, buffer=self.buffer.pin_memory())
+
+
+def flatten(batch: Batch) -> FlatBatch:
+    """Copy the batch's tensors into one buffer."""
+    places: dict[str, Any] = {}
+    tensors: list[Tensor] = []
+    size = 0
+
+    def place(name: str, value: Tensor | int | None) -> None:
+        nonlocal size
+        if not isinstance(value, Tensor):
+            places[name] = value
+            return
+        start = math.ceil(size / BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
+        places[name] = [start, str(value.dtype).removeprefix("torch."), list(value.shape)]
+        tensors.append(value)
+        size = start + value.nbytes
+
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if field.name == "vision" and value is not None:
+            for name, entry in value.items():
+                place(f"vision.{name}", entry)
+        elif field.name != "stats":
+            place(field.name, value)
+    header = {"bytes": size, "places": places, "stats": asdict(batch.stats)}
+    flat = FlatBatch(json.dumps(header).encode(), torch.zeros(size, dtype=torch.uint8))
+    for name, tensor in zip((n for n, p in places.items() if isinstance(p, list)), tensors, strict=True):
+        _view(flat.buffer, places[name]).copy_(tensor)
+    return flat
+
+
+def unflatten(flat: FlatBatch) -> Batch:
+    """The batch, as views of the buffer, on its device."""
+    header = json.loads(flat.header)
+    values = {
+        name: _view(flat.buffer, place) if isinstance(place, list) else place
+        for name, place in header["places"].items()
+    }
+    vision = {name.removeprefix("vision."): values.pop(name) for name in list(values) if name.startswith("vision.")}
+    return Batch(**{"vision": vision or None, **values}, stats=BatchStats(**header["stats"]))
+
+
+def _view(buffer: Tensor, place: list[Any]) -> Tensor:
+    start, dtype_name, shape = place
+    dtype = getattr(torch, dtype_name)
+    return buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+CollatePacks = Callable[[Sequence[Pack]], Batch]

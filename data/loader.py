@@ -1,0 +1,358 @@
+"""From a dataset provider to the iterators that Megatron's training loop reads (`--dataloader-type external`).
+
+One rank of each TP x CP group loads, in worker processes, and broadcasts to the others. Ranks of a data-parallel
+step read neighbouring blocks of packs, so the global order doesn't depend on how many there are: this is
+`megatron.training.datasets.data_samplers.MegatronPretrainingSampler`'s order, without its end.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data import Split
+from data.batch import Batch, CollatePacks, FlatBatch, collate, flatten, unflatten
+from data.pack import IndexedPacks, PackPlan, SampleDataset, Sizes, measure
+from runtime.context_parallel import document_alignment
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+    from models.spec import ModelSpec
+
+# A batch's header is at most this long, so that its broadcast needs no length first.
+HEADER_BYTES = 1 << 13
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who reads what.
+
+    data_rank, data_size: this rank's place among the data-parallel replicas.
+    group: ranks that work on the same micro-batch of one pipeline stage (TP x CP); its first rank loads.
+    header_group: the same ranks on gloo, so that receivers know a batch's shapes without waiting for their device.
+    with_vision: this pipeline stage runs the vision encoder.
+    """
+
+    data_rank: int
+    data_size: int
+    group: dist.ProcessGroup
+    header_group: dist.ProcessGroup
+    with_vision: bool
+
+    @property
+    def loads(self) -> bool:
+        return self.group.rank() == 0
+
+
+class MicroBatches(IterableDataset[FlatBatch]):
+    """This data-parallel rank's micro-batches, without end; iterated in the loader's workers.
+
+    Worker w of W makes the micro-batches w, w + W, ...: torch's DataLoader takes from its workers in turn, so the
+    order is the same with any number of workers.
+    """
+
+    def __init__(self, source: IndexedPacks, collate_packs: CollatePacks, micro_batch_size: int, ranks: Ranks) -> None:
+        self._source = source
+        self._collate = collate_packs
+        self._micro_batch_size = micro_batch_size
+        self._data_rank = ranks.data_rank
+        self._data_size = ranks.data_size
+        self._with_vision = ranks.with_vision
+
+    def __iter__(self) -> Iterator[FlatBatch]:
+        worker = get_worker_info()
+        worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader = self._source.shard(
+            worker_id * self._data_size + self._data_rank, workers * self._data_size, self._micro_batch_size
+        )
+        while True:
+            batch = self._collate([next(reader) for _ in range(self._micro_batch_size)])
+            yield flatten(batch if self._with_vision else batch.without_vision())
+
+
+class BatchReader(Iterator[Batch]):
+    """Yields this rank's micro-batches, on its device; every rank of `ranks.group` calls next() as often.
+
+    Args:
+        source: at the position to start from; only its position is used on ranks that don't load.
+        micro_batch_size: packs of a micro-batch.
+        workers: processes that load; 0 loads in this one.
+
+    Attributes:
+        source: where the next micro-batch of the whole data-parallel step starts.
+    """
+
+    def __init__(
+        self,
+        source: IndexedPacks,
+        collate_packs: CollatePacks,
+        ranks: Ranks,
+        *,
+        micro_batch_size: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self.source = source
+        self._collate = collate_packs
+        self._ranks = ranks
+        self._micro_batch_size = micro_batch_size
+        self._workers = workers
+        self._device = device
+        self._evaluation_iterations: int | None = None
+        self._loader: Iterator[FlatBatch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __len__(self) -> int:
+        """Iterations of one evaluation, which Megatron asks for with `--full-validation`."""
+        if self._evaluation_iterations is None:
+            raise TypeError(f"{self.source.name} has no end")
+        return self._evaluation_iterations
+
+    def repeat_evaluation(self, *, iterations: int | None, batch_size: int) -> None:
+        """Make every evaluation read the same packs.
+
+        Args:
+            iterations: of an evaluation; None for as many as one epoch fills.
+            batch_size: packs of an iteration, over all ranks.
+        """
+        self._evaluation_iterations = iterations or max(1, self.source.epoch_packs // batch_size)
+        self.source.period = self._evaluation_iterations * batch_size
+
+    def __next__(self) -> Batch:
+        flat = None
+        if self._ranks.loads:
+            if self._loader is None:
+                self._loader = self._start()
+            flat = next(self._loader)
+        flat = broadcast(flat, self._ranks, self._device)
+        self.source.position += self._micro_batch_size * self._ranks.data_size
+        return unflatten(flat)
+
+    def save_state(self) -> dict[str, Any] | None:
+        """Called by Megatron when it saves a checkpoint, once per data-parallel rank of each CP rank."""
+        return self.source.state_dict() if self._ranks.loads else None
+
+    def _start(self) -> Iterator[FlatBatch]:
+        """Workers are forked at the first batch: they inherit the dataset, and a loader that isn't read costs nothing.
+
+        torch gives each worker one thread.
+        """
+        return iter(
+            DataLoader(
+                MicroBatches(self.source, self._collate, self._micro_batch_size, self._ranks),
+                batch_size=None,
+                num_workers=self._workers,
+                multiprocessing_context="fork" if self._workers else None,
+                pin_memory=self._device.type == "cuda",
+                generator=torch.Generator(),  # the default one's state is the training's, and in its checkpoints
+            )
+        )
+
+
+def broadcast(flat: FlatBatch | None, ranks: Ranks, device: torch.device) -> FlatBatch:
+    """Bring the first rank's batch to every rank of the group, on its device: two collectives, none for one rank.
+
+    Raises:
+        ValueError: the header is longer than HEADER_BYTES: more vision inputs than anybody has.
+    """
+    if ranks.group.size() == 1:
+        return FlatBatch(flat.header, flat.buffer.to(device, non_blocking=True))
+    header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+    if flat is not None:
+        if len(flat.header) > HEADER_BYTES:
+            raise ValueError(f"a batch's header takes {len(flat.header)} bytes of {HEADER_BYTES}; raise HEADER_BYTES")
+        header[: len(flat.header)] = torch.frombuffer(bytearray(flat.header), dtype=torch.uint8)
+    dist.broadcast(header, group_src=0, group=ranks.header_group)
+    text = header.numpy().tobytes().rstrip(b"\0")
+    if flat is not None:
+        buffer = flat.buffer.to(device, non_blocking=True)
+    else:
+        buffer = torch.empty(json.loads(text)["bytes"], dtype=torch.uint8, device=device)
+    dist.broadcast(buffer, group_src=0, group=ranks.group)
+    return FlatBatch(text, buffer)
+
+
+class SharedReader(Iterator[Batch]):
+    """One of the model chunks of a rank under virtual pipelining, which all see the same micro-batches.
+
+    The chunks take turns a few micro-batches at a time; what the first of them read waits for the others.
+    """
+
+    def __init__(self, reader: BatchReader, mine: deque[Batch], waiting: list[deque[Batch]]) -> None:
+        self._reader = reader
+        self._mine = mine
+        self._waiting = waiting
+
+    @classmethod
+    def split(cls, reader: BatchReader, count: int) -> list[Self]:
+        waiting: list[deque[Batch]] = [deque() for _ in range(count)]
+        return [cls(reader, mine, waiting) for mine in waiting]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __next__(self) -> Batch:
+        if not self._mine:
+            batch = next(self._reader)
+            for queue in self._waiting:
+                queue.append(batch)
+        return self._mine.popleft()
+
+
+Readers = tuple[Iterator[Batch] | None, Iterator[Batch] | None, Iterator[Batch] | None]
+
+
+def dataset_provider(args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None) -> Callable[..., Readers]:
+    """What `megatron.training.pretrain` calls on every rank for its training, validation and test iterators.
+
+    Every evaluation reads the same packs, the first `--eval-iters` global batches of its split.
+
+    Args:
+        args: resolved; read when the iterators are made, so that a loaded checkpoint's counters count.
+        processor: what the dataset provider's `processor` gave.
+    """
+    chunks: list[Readers] = []
+
+    def provide(target_samples: list[int | None], vp_stage: int | None = None) -> Readers:
+        """Megatron calls this once, or with virtual pipelining once per model chunk; data has no target size."""
+        if vp_stage is None:
+            return _build_readers(args, spec, processor)
+        if not chunks:
+            chunks.extend(_share(_build_readers(args, spec, processor), args.virtual_pipeline_model_parallel_size))
+        return chunks[vp_stage]
+
+    provide.is_distributed = True
+    return provide
+
+
+def _share(readers: Readers, count: int) -> list[Readers]:
+    """The readers for each of a rank's model chunks."""
+    shared = [SharedReader.split(reader, count) if reader else [None] * count for reader in readers]
+    return list(zip(*shared, strict=True))
+
+
+def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None) -> Readers:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    ranks = _ranks(device)
+    model_inputs = spec.model_inputs(args)
+    collate_packs = partial(
+        collate,
+        model_inputs=model_inputs,
+        alignment=document_alignment(
+            cp_size=args.context_parallel_size,
+            tp_size=args.tensor_model_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+        ),
+        packed=args.use_packed_sequence,
+        seq_len=args.seq_length,
+        dtype=args.params_dtype,
+        pad_token_id=processor.tokenizer.pad_token_id if processor else 0,
+    )
+
+    def split(name: Split, micro_batch_size: int) -> BatchReader:
+        build = partial(spec.dataset_providers[args.dataset_provider].build, args, name, processor, model_inputs)
+        dataset, sizes = _build_dataset(build, args.num_workers)
+        source = _pack_source(dataset, sizes, args)
+        return BatchReader(
+            source, collate_packs, ranks, micro_batch_size=micro_batch_size, workers=args.num_workers, device=device
+        )
+
+    train = valid = test = None
+    if not args.skip_train:
+        train = split("train", args.micro_batch_size)
+        _resume(train.source, args)
+        # Megatron's hook for this fails on the list of iterators that virtual pipelining makes. Not in the
+        # checkpoint's own folder: an mp_rank_* there makes Megatron take an fsdp_dtensor checkpoint for another kind.
+        virtual = args.virtual_pipeline_model_parallel_size is not None
+        args.dataloader_save = None if virtual or not args.save else str(_state_folder(args.save))
+    if args.full_validation or args.eval_iters:
+        valid = split("validation", args.eval_micro_batch_size)
+        test = split("test", args.eval_micro_batch_size)
+        for reader in (valid, test):
+            reader.repeat_evaluation(
+                iterations=None if args.full_validation else args.eval_iters, batch_size=args.eval_global_batch_size
+            )
+        valid.source.position = args.consumed_valid_samples
+    return train, valid, test
+
+
+def _ranks(device: torch.device) -> Ranks:
+    from megatron.core import mpu
+
+    group = mpu.get_tensor_and_context_parallel_group()
+    header_group = group
+    if device.type == "cuda" and group.size() > 1:
+        header_group = dist.new_group(
+            dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
+        )
+    return Ranks(
+        data_rank=mpu.get_data_parallel_rank(),
+        data_size=mpu.get_data_parallel_world_size(),
+        group=group,
+        header_group=header_group,
+        with_vision=mpu.is_pipeline_first_stage(ignore_virtual=True),
+    )
+
+
+def _build_dataset(build: Callable[[], SampleDataset], workers: int) -> tuple[SampleDataset, Sizes]:
+    """Build and measure on the first rank, which may write files, then on the others."""
+    result: list[Sizes | None] = [None]
+    if dist.get_rank() == 0:
+        dataset = build()
+        result = [measure(dataset, workers=workers)]
+    dist.broadcast_object_list(result, src=0)
+    if dist.get_rank() != 0:
+        dataset = build()
+    return dataset, result[0]
+
+
+def _pack_source(dataset: SampleDataset, sizes: Sizes, args: Namespace) -> IndexedPacks:
+    plan = PackPlan(
+        sizes,
+        seed=args.seed,
+        token_budget=args.seq_length,
+        patch_budget=args.max_patches_per_pack,
+        packed=args.use_packed_sequence,
+    )
+    if dist.get_rank() == 0:
+        print(f"> {dataset.name}: {plan.summary()}", flush=True)
+    budgets = f"--seq-length {args.seq_length}, --max-patches-per-pack {args.max_patches_per_pack}"
+    packing = "packed" if args.use_packed_sequence else "one sample a row"
+    return IndexedPacks(
+        dataset, plan, order=f"{dataset.name} ({dataset.fingerprint}), {packing}, {budgets}, --seed {args.seed}"
+    )
+
+
+def _state_folder(checkpoints: str) -> Path:
+    return Path(checkpoints) / "data"
+
+
+def _resume(source: IndexedPacks, args: Namespace) -> None:
+    """Continue where the checkpoint stopped. Its counter is enough; its data state tells whether it means the same."""
+    source.position = args.consumed_train_samples
+    if not args.load or args.iteration == 0:
+        return
+    states = sorted(_state_folder(args.load).glob(f"iter_{args.iteration:07d}/*/train_dataloader_dprank000.pt"))
+    if not states:
+        return
+    try:
+        source.load_state_dict(torch.load(states[0], weights_only=True)["dataloader_state_dict"])
+    except ValueError as error:
+        if dist.get_rank() == 0:
+            print(f"> WARNING: {error}; some samples may come again sooner, others later", flush=True)
