@@ -52,14 +52,24 @@ def hf_config(architecture: Qwen35VLConfig) -> Qwen3_5Config | Qwen3_5MoeConfig:
     return config
 
 
+def _model_class(architecture: Qwen35VLConfig) -> type[nn.Module]:
+    if architecture.is_moe:
+        return modeling_qwen3_5_moe.Qwen3_5MoeForConditionalGeneration
+    return modeling_qwen3_5.Qwen3_5ForConditionalGeneration
+
+
 def build_hf(architecture: Qwen35VLConfig, seed: int = 0) -> nn.Module:
     """`Qwen3_5ForConditionalGeneration` or the MoE class, with weights that leave no parameter without effect."""
     torch.manual_seed(seed)
-    classes = modeling(architecture)
-    name = "Qwen3_5MoeForConditionalGeneration" if architecture.is_moe else "Qwen3_5ForConditionalGeneration"
-    model = getattr(classes, name)(hf_config(architecture))
+    model = _model_class(architecture)(hf_config(architecture))
     randomize(model)
     return model
+
+
+def build_hf_meta(architecture: Qwen35VLConfig) -> nn.Module:
+    """The same class on the meta device: names and shapes of any size, no memory."""
+    with torch.device("meta"):
+        return _model_class(architecture)(hf_config(architecture))
 
 
 def build_hf_vision(architecture: Qwen35VLConfig, seed: int = 0) -> nn.Module:

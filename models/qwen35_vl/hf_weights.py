@@ -1,0 +1,330 @@
+"""Qwen3.5-VL's weights: HuggingFace's names and layouts to megatron-core's, as one table read in both directions.
+
+`weight_map` is the table; how it is carried out, per rank, is `models.weight_map`. Parameters have canonical names
+here: global layer and expert numbers, norms by themselves. `_ALIASES` brings the backends' spellings to them
+(Transformer Engine keeps a norm inside the linear behind it).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from models.qwen35_vl.configuration import Qwen35VLConfig
+from models.weight_map import Piece, Rank, Run, Sliceable, Source, WeightMap, assemble, fill, shares
+
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+OUTPUT = "language_model.output_layer.weight"
+HF_TEXT = "model.language_model."
+HF_VISION = "model.visual."
+
+# A backend's name -> the canonical one.
+_ALIASES = (
+    (r"self_attention\.(?:linear_qkv|in_proj)\.layer_norm_(weight|bias)$", r"input_layernorm.\1"),
+    (r"mlp\.linear_fc1\.layer_norm_(weight|bias)$", r"pre_mlp_layernorm.\1"),
+    (r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$", r"mlp.experts.\1.\2.weight"),
+    (r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$", r"mlp.experts.\2.\1.weight"),
+)
+
+
+@dataclass(frozen=True)
+class HfLayout:
+    """How a folder stores experts: one stacked tensor per layer, or one tensor per expert."""
+
+    stacked_experts: bool = True
+    stacked_mtp_experts: bool = True
+
+    @classmethod
+    def detect(cls, names: Iterable[str]) -> HfLayout:
+        """Read the layout off a folder's tensor names."""
+        single = {name.startswith("mtp.") for name in names if re.search(r"\.mlp\.experts\.\d+\.", name)}
+        return cls(stacked_experts=False not in single, stacked_mtp_experts=True not in single)
+
+
+def weight_map(config: Qwen35VLConfig, layout: HfLayout | None = None) -> WeightMap:
+    """The mapping of one architecture to one way of storing it; experts are stacked if `layout` is None.
+
+    Raises:
+        ValueError: more than one MTP layer, for which HF has no names.
+    """
+    layout = layout or HfLayout()
+    if config.mtp_num_layers > 1:
+        raise ValueError(f"HF's names hold one MTP layer, and the model has {config.mtp_num_layers}")
+    sources = {**_vision(config), **_decoder(config, layout)}
+    ignored = [(r".*\.rotary_emb\.inv_freq", "computed, not learned")]
+    if config.tie_word_embeddings:
+        ignored.append((r"lm_head\.weight", "tied to the embedding"))
+    if config.mtp_num_layers:
+        sources |= _mtp(config, layout)
+    else:
+        ignored.append((r"mtp\..*", "the model is built without MTP"))
+    return WeightMap(sources, ignored)
+
+
+def canonical_parameters(
+    model: nn.Module, config: Qwen35VLConfig, prefix: str = ""
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters under their canonical names.
+
+    Args:
+        model: a `MultimodalModel` (one pipeline stage), or with `prefix` one of its parts.
+        prefix: "language_model." or "vision_model." for a part by itself.
+    """
+    layers = {
+        path: module.layer_number - 1
+        for path, module in model.named_modules()
+        if isinstance(module, TransformerLayer) and re.search(r"(^|\.)decoder\.layers\.\d+$", path)
+    }
+    rank = Rank.of(model.pg_collection)
+    first_expert = rank.ep * (config.num_experts or 0) // rank.ep_size
+    for name, parameter in model.named_parameters():
+        if layer := re.match(r"((?:.*\.)?decoder\.layers)\.\d+(?=\.)", name):
+            name = f"{layer[1]}.{layers[layer[0]]}{name[layer.end() :]}"
+        for pattern, canonical in _ALIASES:
+            name = re.sub(pattern, canonical, name)
+        name = re.sub(r"(?<=\.mlp\.experts\.)\d+", lambda match: str(int(match[0]) + first_expert), prefix + name)
+        if name == OUTPUT and config.tie_word_embeddings:
+            name = EMBEDDING  # the last pipeline stage's copy
+        yield name, parameter
+
+
+def load_hf_state(
+    model: nn.Module,
+    hf_state: Mapping[str, Sliceable],
+    config: Qwen35VLConfig,
+    layout: HfLayout | None = None,
+    prefix: str = "",
+) -> None:
+    """Fill this rank's parameters from HF tensors, reading only the slices that the rank owns.
+
+    Args:
+        model, prefix: see `canonical_parameters`.
+        hf_state: HF name -> tensor or lazy slice; the whole model's (the whole part's, with a prefix) on every rank.
+        layout: how experts are stored; None reads it off the names.
+
+    Raises:
+        WeightMismatch: see `models.weight_map.fill`.
+    """
+    mapping = weight_map(config, layout or HfLayout.detect(hf_state)).part(prefix)
+    fill(mapping, canonical_parameters(model, config, prefix), Rank.of(model.pg_collection), hf_state)
+
+
+def hf_shares(
+    model: nn.Module,
+    config: Qwen35VLConfig,
+    mapping: WeightMap,
+    value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
+    prefix: str = "",
+) -> Iterator[tuple[Piece, Tensor]]:
+    """This rank's share of the HF tensors; `models.weight_map.assemble` puts those of all ranks together."""
+    return shares(mapping, canonical_parameters(model, config, prefix), Rank.of(model.pg_collection), value)
+
+
+def export_hf_state(
+    model: nn.Module,
+    config: Qwen35VLConfig,
+    layout: HfLayout | None = None,
+    value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
+    prefix: str = "",
+) -> dict[str, Tensor]:
+    """The HF tensors of a model that lies on this rank alone.
+
+    Args:
+        model, prefix: see `canonical_parameters`.
+        layout: how to store experts; stacked if None.
+        value: what to export of a parameter, `lambda parameter: parameter.grad` for its gradient.
+
+    Raises:
+        WeightMismatch: the model isn't whole on this rank, or has parameters that the mapping doesn't know.
+    """
+    mapping = weight_map(config, layout).part(prefix)
+    return assemble(mapping, hf_shares(model, config, mapping, value, prefix))
+
+
+# The table
+
+
+def _whole(hf_name: str, *shape: int, foreign_tail: tuple[int, ...] | None = None) -> Source:
+    """The same on every rank."""
+    return Source(shape, ((Run(hf_name, 0, shape[0]),),), sharded=False, foreign_tail=foreign_tail)
+
+
+def _by_rows(*parts: Run | Iterable[Run], tail: tuple[int, ...] = (), is_expert: bool = False) -> Source:
+    """Parts one below the other, each cut by TP."""
+    runs = tuple((part,) if isinstance(part, Run) else tuple(part) for part in parts)
+    rows = sum(run.count for part in runs for run in part)
+    return Source((rows, *tail), runs, is_expert=is_expert)
+
+
+def _by_columns(run: Run, rows: int, is_expert: bool = False) -> Source:
+    """A row-parallel linear's weight: cut by columns."""
+    return Source((rows, run.count), ((run,),), dim=1, is_expert=is_expert)
+
+
+def _cut(hf_name: str, *counts: int, expert: int | None = None) -> list[Run]:
+    """One HF tensor as consecutive runs."""
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    return [Run(hf_name, start, count, expert) for start, count in zip(starts, counts, strict=True)]
+
+
+def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
+    vit = config.vision
+    width, ffn = vit.hidden_size, vit.ffn_hidden_size
+    merged = width * vit.spatial_merge_size**2
+    head = width // vit.num_attention_heads
+    kernel = (vit.in_channels, vit.temporal_patch_size, vit.patch_size, vit.patch_size)
+    patch_dim = vit.in_channels * vit.temporal_patch_size * vit.patch_size**2
+
+    def heads(hf_name: str) -> list[Run]:
+        """HF has all queries, all keys, all values; megatron has query, key and value of each head."""
+        return [
+            Run(hf_name, which * width + h * head, head) for h in range(vit.num_attention_heads) for which in range(3)
+        ]
+
+    table = {
+        "patch_embed.weight": _whole(f"{HF_VISION}patch_embed.proj.weight", width, patch_dim, foreign_tail=kernel),
+        "patch_embed.bias": _whole(f"{HF_VISION}patch_embed.proj.bias", width),
+        "pos_embed.weight": _whole(f"{HF_VISION}pos_embed.weight", vit.num_position_embeddings, width),
+        "merger.norm.weight": _whole(f"{HF_VISION}merger.norm.weight", width),
+        "merger.norm.bias": _whole(f"{HF_VISION}merger.norm.bias", width),
+        "merger.linear_fc1.weight": _by_rows(Run(f"{HF_VISION}merger.linear_fc1.weight", 0, merged), tail=(merged,)),
+        "merger.linear_fc1.bias": _by_rows(Run(f"{HF_VISION}merger.linear_fc1.bias", 0, merged)),
+        "merger.linear_fc2.weight": _by_columns(
+            Run(f"{HF_VISION}merger.linear_fc2.weight", 0, merged), config.hidden_size
+        ),
+        "merger.linear_fc2.bias": _whole(f"{HF_VISION}merger.linear_fc2.bias", config.hidden_size),
+    }
+    for i in range(vit.num_layers):
+        hf = f"{HF_VISION}blocks.{i}."
+        layer = {
+            "self_attention.linear_qkv.weight": _by_rows(heads(f"{hf}attn.qkv.weight"), tail=(width,)),
+            "self_attention.linear_qkv.bias": _by_rows(heads(f"{hf}attn.qkv.bias")),
+            "self_attention.linear_proj.weight": _by_columns(Run(f"{hf}attn.proj.weight", 0, width), width),
+            "self_attention.linear_proj.bias": _whole(f"{hf}attn.proj.bias", width),
+            "mlp.linear_fc1.weight": _by_rows(Run(f"{hf}mlp.linear_fc1.weight", 0, ffn), tail=(width,)),
+            "mlp.linear_fc1.bias": _by_rows(Run(f"{hf}mlp.linear_fc1.bias", 0, ffn)),
+            "mlp.linear_fc2.weight": _by_columns(Run(f"{hf}mlp.linear_fc2.weight", 0, ffn), width),
+            "mlp.linear_fc2.bias": _whole(f"{hf}mlp.linear_fc2.bias", width),
+        }
+        for ours, theirs in (("input_layernorm", "norm1"), ("pre_mlp_layernorm", "norm2")):
+            for kind in ("weight", "bias"):
+                layer[f"{ours}.{kind}"] = _whole(f"{hf}{theirs}.{kind}", width)
+        table |= {f"decoder.layers.{i}.{name}": source for name, source in layer.items()}
+    return {f"vision_model.{name}": source for name, source in table.items()}
+
+
+def _decoder(config: Qwen35VLConfig, layout: HfLayout) -> dict[str, Source]:
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    table = {
+        EMBEDDING: _by_rows(Run(f"{HF_TEXT}embed_tokens.weight", 0, vocabulary), tail=(hidden,)),
+        "language_model.decoder.final_layernorm.weight": _whole(f"{HF_TEXT}norm.weight", hidden),
+    }
+    if not config.tie_word_embeddings:
+        table[OUTPUT] = _by_rows(Run("lm_head.weight", 0, vocabulary), tail=(hidden,))
+    for i in range(config.num_layers):
+        full_attention = (i + 1) % config.full_attention_interval == 0
+        layer = _layer(f"{HF_TEXT}layers.{i}.", config, full_attention, layout.stacked_experts)
+        table |= {f"language_model.decoder.layers.{i}.{name}": source for name, source in layer.items()}
+    return table
+
+
+def _mtp(config: Qwen35VLConfig, layout: HfLayout) -> dict[str, Source]:
+    hidden = config.hidden_size
+    table = {
+        "eh_proj.weight": _by_rows(Run("mtp.fc.weight", 0, hidden), tail=(2 * hidden,)),
+        "enorm.weight": _whole("mtp.pre_fc_norm_embedding.weight", hidden),
+        "hnorm.weight": _whole("mtp.pre_fc_norm_hidden.weight", hidden),
+        "final_layernorm.weight": _whole("mtp.norm.weight", hidden),
+    }
+    layer = _layer("mtp.layers.0.", config, True, layout.stacked_mtp_experts)
+    table |= {f"mtp_model_layer.{name}": source for name, source in layer.items()}
+    return {f"language_model.mtp.layers.0.{name}": source for name, source in table.items()}
+
+
+def _layer(hf: str, config: Qwen35VLConfig, full_attention: bool, stacked: bool) -> dict[str, Source]:
+    return {
+        "input_layernorm.weight": _whole(f"{hf}input_layernorm.weight", config.hidden_size),
+        "pre_mlp_layernorm.weight": _whole(f"{hf}post_attention_layernorm.weight", config.hidden_size),
+        **(_attention(hf, config) if full_attention else _gated_delta_net(hf, config)),
+        **(_moe(hf, config, stacked) if config.is_moe else _mlp(hf, config)),
+    }
+
+
+def _attention(hf: str, config: Qwen35VLConfig) -> dict[str, Source]:
+    hidden, head, groups = config.hidden_size, config.kv_channels, config.num_query_groups
+    per_group = config.num_attention_heads // groups
+    q, k, v, o = (f"{hf}self_attn.{name}_proj.weight" for name in "qkvo")
+
+    def group(g: int) -> list[Run]:
+        """HF: query and gate of each head. Megatron, per KV group: all queries, all gates, key, value."""
+        heads = range(g * per_group, (g + 1) * per_group)
+        queries = [Run(q, 2 * h * head, head) for h in heads]
+        gates = [Run(q, (2 * h + 1) * head, head) for h in heads]
+        return [*queries, *gates, Run(k, g * head, head), Run(v, g * head, head)]
+
+    return {
+        "self_attention.linear_qkv.weight": _by_rows([run for g in range(groups) for run in group(g)], tail=(hidden,)),
+        "self_attention.linear_proj.weight": _by_columns(Run(o, 0, config.num_attention_heads * head), hidden),
+        "self_attention.q_layernorm.weight": _whole(f"{hf}self_attn.q_norm.weight", head),
+        "self_attention.k_layernorm.weight": _whole(f"{hf}self_attn.k_norm.weight", head),
+    }
+
+
+def _gated_delta_net(hf: str, config: Qwen35VLConfig) -> dict[str, Source]:
+    hidden, value_heads = config.hidden_size, config.linear_num_value_heads
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = value_heads * config.linear_value_head_dim
+    hf = f"{hf}linear_attn."
+    return {
+        "self_attention.in_proj.weight": _by_rows(
+            *_cut(f"{hf}in_proj_qkv.weight", keys, keys, values),
+            Run(f"{hf}in_proj_z.weight", 0, values),
+            Run(f"{hf}in_proj_b.weight", 0, value_heads),
+            Run(f"{hf}in_proj_a.weight", 0, value_heads),
+            tail=(hidden,),
+        ),
+        "self_attention.conv1d.weight": _by_rows(
+            *_cut(f"{hf}conv1d.weight", keys, keys, values), tail=(1, config.linear_conv_kernel_dim)
+        ),
+        "self_attention.A_log": _by_rows(Run(f"{hf}A_log", 0, value_heads)),
+        "self_attention.dt_bias": _by_rows(Run(f"{hf}dt_bias", 0, value_heads)),
+        "self_attention.out_norm.weight": _whole(f"{hf}norm.weight", config.linear_value_head_dim),
+        "self_attention.out_proj.weight": _by_columns(Run(f"{hf}out_proj.weight", 0, values), hidden),
+    }
+
+
+def _mlp(hf: str, config: Qwen35VLConfig) -> dict[str, Source]:
+    return _gated_mlp("mlp.", f"{hf}mlp.", config.hidden_size, config.ffn_hidden_size)
+
+
+def _gated_mlp(ours: str, hf: str, hidden: int, ffn: int, is_expert: bool = False) -> dict[str, Source]:
+    gate, up, down = (Run(f"{hf}{name}_proj.weight", 0, ffn) for name in ("gate", "up", "down"))
+    return {
+        f"{ours}linear_fc1.weight": _by_rows(gate, up, tail=(hidden,), is_expert=is_expert),
+        f"{ours}linear_fc2.weight": _by_columns(down, hidden, is_expert=is_expert),
+    }
+
+
+def _moe(hf: str, config: Qwen35VLConfig, stacked: bool) -> dict[str, Source]:
+    hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
+    hf = f"{hf}mlp."
+    table = {
+        "mlp.router.weight": _whole(f"{hf}gate.weight", config.num_experts, hidden),
+        "mlp.shared_experts.gate_weight": _whole(f"{hf}shared_expert_gate.weight", 1, hidden),
+        **_gated_mlp("mlp.shared_experts.", f"{hf}shared_expert.", hidden, config.moe_shared_expert_intermediate_size),
+    }
+    for e in range(config.num_experts):
+        ours = f"mlp.experts.{e}."
+        if not stacked:
+            table |= _gated_mlp(ours, f"{hf}experts.{e}.", hidden, ffn, is_expert=True)
+            continue
+        gate_up = _cut(f"{hf}experts.gate_up_proj", ffn, ffn, expert=e)
+        table[f"{ours}linear_fc1.weight"] = _by_rows(*gate_up, tail=(hidden,), is_expert=True)
+        table[f"{ours}linear_fc2.weight"] = _by_columns(
+            Run(f"{hf}experts.down_proj", 0, ffn, e), hidden, is_expert=True
+        )
+    return table

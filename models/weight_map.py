@@ -1,0 +1,280 @@
+"""Placement of foreign weights in megatron-core parameters: what a mapping consists of and how it is carried out.
+
+A `WeightMap` says for each parameter of the whole model of which slices of which foreign tensors it consists, and how
+tensor parallelism cuts it. A rank's share follows from that: `fill` reads the slices that the rank owns, whichever
+mixture of TP, PP and EP it is part of, and `shares` hands them out again for export. No arithmetic is involved, only
+placement, so a round trip is exact to the bit. Knows no architecture: a model's table is in its `hf_weights.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+
+class WeightMismatch(ValueError):
+    """Weights that don't fit; the message lists every tensor at fault."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        super().__init__("weights don't fit:\n  " + "\n  ".join(problems))
+
+
+class Sliceable(Protocol):
+    """A tensor, or something that reads slices of one from a file."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: tuple[slice | int, ...]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` consecutive rows (columns, where the parameter is cut by columns) of one foreign tensor."""
+
+    name: str
+    start: int
+    count: int
+    expert: int | None = None  # index into the leading dimension of a tensor that stacks experts
+
+
+@dataclass(frozen=True)
+class Source:
+    """Of what a parameter consists.
+
+    Its parts lie one after another along `dim`; each part is a sequence of runs. Tensor parallelism cuts each part by
+    itself (a rank holds its share of the gate, then its share of the up projection), or leaves all on every rank.
+
+    shape: the parameter's shape on a rank that holds everything.
+    dim: along which dimension the parts lie and are cut.
+    sharded: whether tensor parallelism cuts it.
+    is_expert: cut by expert tensor parallelism instead.
+    foreign_tail: the foreign tensor's dimensions behind the first, where they differ (a convolution kept as a matrix).
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[Run, ...], ...]
+    dim: int = 0
+    sharded: bool = True
+    is_expert: bool = False
+    foreign_tail: tuple[int, ...] | None = None
+
+    @property
+    def runs(self) -> Iterator[Run]:
+        return (run for part in self.parts for run in part)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank's place in the groups that cut weights; the default holds everything."""
+
+    tp: int = 0
+    tp_size: int = 1
+    expert_tp: int = 0
+    expert_tp_size: int = 1
+    ep: int = 0
+    ep_size: int = 1
+
+    @classmethod
+    def of(cls, groups: ProcessGroupCollection) -> Rank:
+        return cls(
+            groups.tp.rank(),
+            groups.tp.size(),
+            groups.expt_tp.rank(),
+            groups.expt_tp.size(),
+            groups.ep.rank(),
+            groups.ep.size(),
+        )
+
+    def cut(self, source: Source) -> tuple[int, int]:
+        """(rank, size) of the group that cuts this parameter."""
+        if not source.sharded:
+            return 0, 1
+        return (self.expert_tp, self.expert_tp_size) if source.is_expert else (self.tp, self.tp_size)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region that a foreign tensor and a rank's share of a parameter have in common."""
+
+    name: str
+    foreign_index: tuple[slice | int, ...]
+    index: tuple[slice, ...]
+
+
+def pieces(source: Source, rank: int, size: int) -> Iterator[Piece]:
+    """The regions of which one rank's share consists, in its own order."""
+    before = (slice(None),) * source.dim
+    filled = 0
+    for part in source.parts:
+        share = sum(run.count for run in part) // size
+        low, high = rank * share, (rank + 1) * share
+        position = 0
+        for run in part:
+            first, last = max(low, position), min(high, position + run.count)
+            if first < last:
+                start = run.start + first - position
+                expert = () if run.expert is None else (run.expert,)
+                yield Piece(
+                    run.name,
+                    (*expert, *before, slice(start, start + last - first)),
+                    (*before, slice(filled, filled + last - first)),
+                )
+                filled += last - first
+            position += run.count
+
+
+class WeightMap:
+    """One model's mapping.
+
+    sources: canonical parameter name -> Source, for the whole model.
+    tensors: foreign name -> shape, for the whole model.
+    ignored: (pattern of foreign names, reason) of what is left out.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], ignored: Iterable[tuple[str, str]] = ()) -> None:
+        self.sources = sources
+        self.tensors = _foreign_shapes(sources)
+        self.ignored = tuple(ignored)
+
+    def part(self, prefix: str) -> WeightMap:
+        """The mapping of a part of the model: of the parameters whose canonical name begins with `prefix`."""
+        return WeightMap({k: v for k, v in self.sources.items() if k.startswith(prefix)}, self.ignored)
+
+    def reason_to_ignore(self, name: str) -> str | None:
+        """Why this foreign tensor is left out, or None if it isn't."""
+        return next((reason for pattern, reason in self.ignored if re.fullmatch(pattern, name)), None)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What is wrong with a set of foreign tensors as a whole, whichever rank asks."""
+        problems = [f"{name}: missing" for name in self.tensors if name not in shapes]
+        for name, shape in shapes.items():
+            if name in self.tensors:
+                if tuple(shape) != self.tensors[name]:
+                    problems.append(f"{name}: has shape {tuple(shape)}, expected {self.tensors[name]}")
+            elif self.reason_to_ignore(name) is None:
+                problems.append(f"{name}: maps to no parameter")
+        return problems
+
+
+def _foreign_shapes(sources: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the foreign tensors: as far as the runs reach."""
+    reach: dict[str, tuple[int, int]] = {}  # extent along the cut dimension, stacked experts
+    users: dict[str, Source] = {}
+    for source in sources.values():
+        for run in source.runs:
+            extent, experts = reach.get(run.name, (0, 0))
+            stacked = 0 if run.expert is None else run.expert + 1
+            reach[run.name] = max(extent, run.start + run.count), max(experts, stacked)
+            users[run.name] = source
+    shapes = {}
+    for name, source in users.items():
+        extent, experts = reach[name]
+        shape = (*source.shape[: source.dim], extent, *source.shape[source.dim + 1 :])
+        if source.foreign_tail is not None:
+            shape = (shape[0], *source.foreign_tail)
+        shapes[name] = (experts, *shape) if experts else shape
+    return shapes
+
+
+def plan(
+    mapping: WeightMap, parameters: Iterable[tuple[str, nn.Parameter]], rank: Rank, problems: list[str]
+) -> list[tuple[nn.Parameter, list[Piece]]]:
+    """A rank's parameters, by canonical name, with the pieces of each; what doesn't fit is added to `problems`."""
+    planned = []
+    for name, parameter in parameters:
+        source = mapping.sources.get(name)
+        if source is None:
+            problems.append(f"{name}: the model's parameter has no source")
+            continue
+        group_rank, group_size = rank.cut(source)
+        shape = list(source.shape)
+        shape[source.dim] //= group_size
+        if tuple(parameter.shape) != tuple(shape):
+            problems.append(f"{name}: the model has shape {tuple(parameter.shape)}, expected {tuple(shape)}")
+            continue
+        planned.append((parameter, list(pieces(source, group_rank, group_size))))
+    return planned
+
+
+@torch.no_grad()
+def fill(
+    mapping: WeightMap,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    rank: Rank,
+    state: Mapping[str, Sliceable],
+) -> None:
+    """Copy into a rank's parameters the slices that it owns, cast to each parameter's dtype.
+
+    Args:
+        state: foreign name -> tensor or lazy slice, all of the mapping's, also on a rank that needs a few.
+
+    Raises:
+        WeightMismatch: before anything is written: tensors missing, unknown or misshapen, parameters without source.
+    """
+    problems = mapping.check({name: tuple(tensor.shape) for name, tensor in state.items()})
+    planned = plan(mapping, parameters, rank, problems)
+    if problems:
+        raise WeightMismatch(problems)
+    for parameter, cut in planned:
+        for piece in cut:
+            target = parameter[piece.index]
+            target.copy_(state[piece.name][piece.foreign_index].reshape(target.shape))
+
+
+def shares(
+    mapping: WeightMap,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    rank: Rank,
+    value: Callable[[nn.Parameter], Tensor],
+) -> Iterator[tuple[Piece, Tensor]]:
+    """A rank's share of the foreign tensors, parameter by parameter; `value` says what of a parameter is meant.
+
+    Raises:
+        WeightMismatch: parameters without source.
+    """
+    problems: list[str] = []
+    planned = plan(mapping, parameters, rank, problems)
+    if problems:
+        raise WeightMismatch(problems)
+    for parameter, cut in planned:
+        tensor = value(parameter)
+        for piece in cut:
+            yield piece, tensor[piece.index]
+
+
+def assemble(mapping: WeightMap, pieces_of_ranks: Iterable[tuple[Piece, Tensor]]) -> dict[str, Tensor]:
+    """All foreign tensors of a mapping, from the shares of one rank or of several together.
+
+    Args:
+        pieces_of_ranks: see `shares`; replicas may repeat a piece.
+
+    Raises:
+        WeightMismatch: tensors that the pieces don't cover.
+    """
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[str, str]] = set()
+    covered = dict.fromkeys(mapping.tensors, 0)
+    for piece, values in pieces_of_ranks:
+        name, region = piece.name, str(piece.foreign_index)
+        if name not in state:
+            state[name] = torch.empty(mapping.tensors[name], dtype=values.dtype, device=values.device)
+        target = state[name][piece.foreign_index]
+        target.copy_(values.reshape(target.shape))
+        if (name, region) not in seen:
+            seen.add((name, region))
+            covered[name] += target.numel()
+    problems = [
+        f"{name}: {count} of {prod(mapping.tensors[name])} elements"
+        for name, count in covered.items()
+        if count != prod(mapping.tensors[name])
+    ]
+    if problems:
+        raise WeightMismatch(problems)
+    return state
