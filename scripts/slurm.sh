@@ -3,14 +3,13 @@
 #     sbatch scripts/slurm.sh [flags of pretrain_multimodal.py]
 # Sizes and names come from the environment, as without Slurm:
 #     MODEL_VARIANT=35b_a3b EP=8 GBS=256 sbatch --nodes=4 scripts/slurm.sh
-# A requeued job goes on where its last checkpoint ends.
+#     CKPT_RESUME=1 sbatch scripts/slurm.sh         goes on where this run's last checkpoint ends
 #SBATCH --job-name=qwen35vl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --time=04:00:00
-#SBATCH --requeue
 #SBATCH --output=slurm-%j.txt
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the repository}"
@@ -18,7 +17,6 @@ cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the repository}"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
 export MASTER_ADDR MASTER_PORT
-[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || export CKPT_RESUME=1 CKPT_LOAD=
 
 # In a container that has every package:
 #     srun --container-image=IMAGE --container-workdir="$PWD" env SKIP_ENV=1 bash scripts/run_qwen35_vl.sh "$@"
