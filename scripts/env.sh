@@ -35,7 +35,9 @@ _make_env() {
         uv=$venv/uv/bin/uv
     }
     "$uv" pip install --quiet --python "$venv/bin/python" --require-hashes -r "$root/requirements.lock" || return
-    "$uv" pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation -e "$root" || return
+    # compat: a plain path, so that a folder named tests/data can't hide the package data.
+    "$uv" pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation \
+        --config-settings editable_mode=compat -e "$root" || return
     echo "$stamp" >"$venv/.stamp"
 }
 
