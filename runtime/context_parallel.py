@@ -11,12 +11,14 @@ S tokens of a row (THD: T of all documents), B rows, N documents.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from data.batch import Batch
+if TYPE_CHECKING:
+    from data.batch import Batch
 
 
 def document_alignment(*, cp_size: int, tp_size: int, sequence_parallel: bool) -> int:
