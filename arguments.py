@@ -9,11 +9,12 @@ everything else. Importing this file imports neither torch nor megatron.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
@@ -26,6 +27,7 @@ from runtime.preflight import add_megatron_flags, cp_comm_types, refusals, unkno
 ALWAYS = (
     *("--dataloader-type", "external"),  # data/loader.py
     *("--tokenizer-type", "NullTokenizer"),  # ids come from the processor, the vocabulary from the architecture
+    *("--save-interval", "500"),  # Megatron refuses --save without one
     "--calculate-per-token-loss",
     "--no-rope-fusion",  # the model rotates by itself (interleaved MRoPE)
     "--no-one-logger",
@@ -156,10 +158,11 @@ def resolve(argv: list[str]) -> Namespace:
     from megatron.training.arguments import parse_args, validate_args
 
     with _command_line(command_line):
-        args = parse_args(_megatron_extra_args)
+        args = parse_args(_extend_megatron_parser)
     # Megatron takes 0 for "no MTP" in some places and for "MTP with no depth" in others.
     args.mtp_num_layers = args.mtp_num_layers or None
-    validate_args(args)
+    with _without_listing() if args.save else nullcontext():
+        validate_args(args)
     if args.rank == 0:
         for notice in notices(args, argv):
             print(f"notice: {notice}", file=sys.stderr)
@@ -283,16 +286,17 @@ def _read(argv: list[str]) -> Namespace:
     return parser.parse_known_args(argv)[0]
 
 
-def _megatron_extra_args(parser: ArgumentParser) -> ArgumentParser:
+def _extend_megatron_parser(parser: ArgumentParser) -> ArgumentParser:
     parser = add_multimodal_args(parser)
 
     def error(message: str) -> NoReturn:
-        """Without Megatron's usage text, which has a thousand lines."""
+        """Without Megatron's usage text, which has hundreds of lines."""
         known = [name for action in parser._actions for name in action.option_strings]
+        unknown = [word.split("=", 1)[0] for word in message.split() if word.startswith("--")]
         guesses = [
             f"{word}: did you mean {' or '.join(close)}?"
-            for word in message.split()
-            if word.startswith("--") and (close := get_close_matches(word.split("=", 1)[0], known, n=2))
+            for word in unknown
+            if word not in known and (close := get_close_matches(word, known, n=2, cutoff=0.8))
         ]
         print(Refused([message, *guesses]), file=sys.stderr, flush=True)
         raise SystemExit(2)
@@ -310,6 +314,17 @@ def _command_line(argv: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = saved
+
+
+@contextmanager
+def _without_listing() -> Iterator[None]:
+    """Megatron prints all of its 800 arguments; they are in `--save`'s arguments.json, and the log stays readable."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        sys.stdout.write(printed.getvalue().partition("-" * 24 + " arguments ")[0])
 
 
 def _print_help() -> None:

@@ -70,6 +70,8 @@ _TEXTS: dict[str, str | None] = {
     "--wandb-project": None,
 }
 
+_REQUIRED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size")
+
 # Megatron features that the harness doesn't build. One line each: delete it when that changes.
 UNSUPPORTED = {
     "--yaml-cfg": "flags come from the command line; --model-variant or --hf-config gives the architecture",
@@ -113,6 +115,9 @@ def refusals(args: Namespace, command_line: list[str], machine: Machine, world_s
         machine: what is installed.
         world_size: ranks of the whole job.
     """
+    missing = [flag for flag in _REQUIRED if vars(args)[flag[2:].replace("-", "_")] is None]
+    if missing:
+        return [f"{flag} is missing" for flag in missing]
     return [
         *_unsupported(command_line),
         *_machine(args, machine),
@@ -197,7 +202,7 @@ def _world(args: Namespace, world_size: int) -> list[str]:
             ("--pipeline-model-parallel-size", pp),
             ("--context-parallel-size", cp),
             ("--expert-model-parallel-size", args.expert_model_parallel_size),
-            ("--micro-batch-size", 1 if args.micro_batch_size is None else args.micro_batch_size),
+            ("--micro-batch-size", args.micro_batch_size),
         )
         if size < 1
     ]
@@ -210,7 +215,7 @@ def _world(args: Namespace, world_size: int) -> list[str]:
             f"start a multiple of {tp * pp * cp} ranks or lower one of them"
         ]
     data_ranks = world_size // (tp * pp * cp)
-    if args.micro_batch_size and args.global_batch_size:
+    if args.global_batch_size is not None:
         step = args.micro_batch_size * data_ranks
         if args.global_batch_size % step:
             return [
@@ -268,8 +273,6 @@ def _context_parallel(args: Namespace) -> list[str]:
 
 
 def _sequence(args: Namespace) -> list[str]:
-    if args.seq_length is None:
-        return ["--seq-length is missing: tokens per row, or per MBS unit of a pack"]
     problems = []
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     # CP's zigzag cuts a row into 2 * CP chunks, SP cuts each rank's share into TP.
