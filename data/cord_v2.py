@@ -1,0 +1,157 @@
+"""CORD-v2: photographed receipts with their parse, `naver-clova-ix/cord-v2` or a local copy.
+
+One question per image, "Describe this image.", answered by the parse as a token sequence
+(`<s_total><s_total_price>...`): the questions and answers of Megatron-LM's examples/multimodal_dev.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from argparse import Namespace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from PIL import Image
+
+from data import Split
+from data.conversation import Conversation
+from data.dataset import ConversationDataset
+from data.sample import SampleOptions
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+    from models.spec import ModelInputs
+
+HUB_NAME = "naver-clova-ix/cord-v2"
+QUESTION = "Describe this image."
+
+
+def build(args: Namespace, split: Split, processor: ProcessorMixin, model_inputs: ModelInputs) -> ConversationDataset:
+    """The split as a dataset of samples; see `data.BuildDataset`."""
+    conversations = CordV2(args.dataset_path or HUB_NAME, split)
+    return ConversationDataset(
+        conversations,
+        processor,
+        sample_options(args),
+        name=f"cord_v2/{split}",
+        source=conversations.fingerprint,
+        cache_dir=None,  # a few hundred rows, in a folder that isn't ours
+    )
+
+
+def sample_options(args: Namespace) -> SampleOptions:
+    return SampleOptions(
+        seq_len=args.seq_length,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        dtype=args.params_dtype,
+        strict_special_mask=args.strict_special_mask,
+    )
+
+
+class CordV2:
+    """`data.conversation.Conversations` over rows of (image, ground_truth).
+
+    Args:
+        path: hub name; or a folder of parquet files, a clone of the hub's repository or what
+            `Dataset.save_to_disk` wrote.
+        split: "train", "validation" or "test".
+
+    Raises:
+        ValueError: the dataset can't be read or lacks a column.
+    """
+
+    def __init__(self, path: str, split: str) -> None:
+        self.path, self.split = path, split
+        rows = _read(path, split)
+        for column in ("image", "ground_truth"):
+            if column not in rows.column_names:
+                raise ValueError(f"{path}, split {split}: no column {column!r} among {rows.column_names}")
+        # Undecoded, so that measuring a sample reads an image's header only.
+        self._rows = rows.cast_column("image", datasets.Image(decode=False))
+        self.fingerprint = rows._fingerprint
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Conversation:
+        """
+        Raises:
+            ValueError: the row is malformed; names the dataset, the split, the row and the key.
+        """
+        row = self._rows[index]
+        where = f"{self.path}, split {self.split}, row {index}"
+        parse = _parse(row["ground_truth"], Random(f"{self.split}/{index}"), where)
+        image = image_of(row["image"], where)
+        content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+        return Conversation(
+            messages=[
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": json_to_tokens(parse)},
+            ],
+            id=f"cord_v2/{self.split}/{index}",
+        )
+
+
+def json_to_tokens(content: Any) -> str:
+    """A parse as Donut's token sequence: `<s_key>value</s_key>`, `<sep/>` between list entries.
+
+    Keys in descending order, as the common preparations of CORD-v2 for training write them.
+    """
+    if isinstance(content, dict):
+        if content.keys() == {"text_sequence"}:
+            return content["text_sequence"]
+        keys = sorted(content, reverse=True)
+        return "".join(f"<s_{key}>{json_to_tokens(content[key])}</s_{key}>" for key in keys)
+    if isinstance(content, list):
+        return "<sep/>".join(json_to_tokens(entry) for entry in content)
+    return str(content)
+
+
+def image_of(cell: dict[str, Any] | None, where: str) -> Image.Image:
+    """The image of an undecoded cell of an image column; its header is read, its pixels aren't decoded.
+
+    Raises:
+        ValueError: no image in the cell.
+    """
+    try:
+        if cell is not None and cell["bytes"] is not None:
+            return Image.open(io.BytesIO(cell["bytes"]))
+        if cell is not None and cell["path"] is not None:
+            return Image.open(cell["path"])
+    except OSError as error:
+        raise ValueError(f"{where}, key 'image': {error}") from error
+    raise ValueError(f"{where}, key 'image': it is empty")
+
+
+def _read(path: str, split: str) -> datasets.Dataset:
+    folder = Path(path).expanduser()
+    try:
+        if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(str(folder))
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_dataset(str(folder) if folder.is_dir() else path, split=split)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"cannot read {path}, split {split}: {type(error).__name__}: {error}; give --dataset-path a hub name that "
+            "can be reached or a folder with CORD-v2's parquet files"
+        ) from error
+
+
+def _parse(ground_truth: Any, rng: Random, where: str) -> dict[str, Any]:
+    """The parse to be learnt; any one where a record has several."""
+    try:
+        record = json.loads(ground_truth)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}, key 'ground_truth': not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}, key 'ground_truth': a JSON {type(record).__name__}, not an object")
+    key = "gt_parses" if record.get("gt_parses") else "gt_parse"
+    parses = record.get(key) if key == "gt_parses" else [record.get(key)]
+    if not isinstance(parses, list) or not all(isinstance(parse, dict) for parse in parses):
+        raise ValueError(f"{where}, key 'ground_truth.{key}': missing, or not an object")
+    return rng.choice(parses)
