@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from models import MODEL_REGISTRY, ModelSpec
 from runtime.machine import Machine, detect
-from runtime.preflight import add_megatron_flags, cp_comm_types, refusals, unknown_name
+from runtime.preflight import add_megatron_flags, cp_comm_types, refusals, unknown_name, unusable_sizes
 
 # What the training loop of this harness is made for; not a matter of taste.
 ALWAYS = (
@@ -193,12 +193,12 @@ def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
     if args.hf_config is None and args.model_variant is None:
         resolved += ["--model-variant", spec.variants[0]]
     args = _read([*resolved, *architecture, *argv])
+    if problems := unusable_sizes(args):
+        raise Refused(problems)
     for_machine = machine_flags(args, machine)
     command_line = [*ALWAYS, *for_machine, *resolved, *architecture, *argv]
     args = _read(command_line)
-    problems = refusals(args, command_line, machine, world_size)
-    # Its arithmetic rests on sizes that have passed.
-    problems += spec.check_layout(args)
+    problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args)
     if problems:
         raise Refused(problems)
     return command_line
@@ -228,7 +228,7 @@ def machine_flags(args: Namespace, machine: Machine) -> list[str]:
         flags.append("--moe-grouped-gemm")
         if not args.no_moe_fusion:
             flags += ["--moe-permute-fusion", "--moe-router-fusion"]
-    if args.context_parallel_size > 1 and args.cp_comm_type is None and args.num_attention_heads:
+    if args.context_parallel_size > 1 and args.cp_comm_type is None:
         args = Namespace(**{**vars(args), "transformer_impl": impl})
         flags += ["--cp-comm-type", cp_comm_types(args)[0]]
     return flags

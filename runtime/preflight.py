@@ -18,7 +18,7 @@ from runtime.machine import Machine
 
 # Megatron's flags that the checks and the architectures read, with Megatron's own defaults
 # (tests/test_preflight.py compares them with its parser).
-_NUMBERS: dict[str, int | float | None] = {
+_NUMBERS: dict[str, int | None] = {
     "--num-layers": None,
     "--hidden-size": None,
     "--ffn-hidden-size": None,
@@ -33,8 +33,6 @@ _NUMBERS: dict[str, int | float | None] = {
     "--linear-num-key-heads": 16,
     "--linear-num-value-heads": 32,
     "--rotary-base": 10000,
-    "--rotary-percent": 1.0,
-    "--init-method-std": 0.02,
     "--mtp-num-layers": None,
     "--num-experts": None,
     "--moe-router-topk": 2,
@@ -71,6 +69,7 @@ _TEXTS: dict[str, str | None] = {
 }
 
 _REQUIRED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size")
+_MAY_BE_ZERO = ("--num-experts", "--mtp-num-layers")
 
 # Megatron features that the harness doesn't build. One line each: delete it when that changes.
 UNSUPPORTED = {
@@ -95,15 +94,29 @@ def add_megatron_flags(parser: ArgumentParser) -> None:
     `cp_comm_type` and `transformer_impl` are None when not given: `arguments.expand` chooses.
     """
     for flag, default in _NUMBERS.items():
-        parser.add_argument(flag, type=float if isinstance(default, float) else int, default=default)
+        parser.add_argument(flag, type=int, default=default)
     for flag in _SWITCHES:
         parser.add_argument(flag, action="store_true")
     for flag, default in _TEXTS.items():
         parser.add_argument(flag, default=default)
+    parser.add_argument("--rotary-percent", type=float, default=1.0)
+    parser.add_argument("--init-method-std", type=float, default=0.02)
     parser.add_argument("--norm-epsilon", dest="layernorm_epsilon", type=float, default=1e-5)
     parser.add_argument("--mrope-section", type=int, nargs="+", default=None)
     parser.add_argument("--cp-comm-type", nargs="+", default=None)
     parser.add_argument("--transformer-impl", default=None)
+
+
+def unusable_sizes(args: Namespace) -> list[str]:
+    """Refusals of numbers that no check could compute with: missing ones and those below 1."""
+    problems = []
+    for flag in _NUMBERS:
+        value = vars(args)[flag[2:].replace("-", "_")]
+        if value is None and flag in _REQUIRED:
+            problems.append(f"{flag} is missing")
+        elif value is not None and value < (flag not in _MAY_BE_ZERO):
+            problems.append(f"{flag} {value}: has to be at least {int(flag not in _MAY_BE_ZERO)}")
+    return problems
 
 
 def refusals(args: Namespace, command_line: list[str], machine: Machine, world_size: int) -> list[str]:
@@ -115,9 +128,6 @@ def refusals(args: Namespace, command_line: list[str], machine: Machine, world_s
         machine: what is installed.
         world_size: ranks of the whole job.
     """
-    missing = [flag for flag in _REQUIRED if vars(args)[flag[2:].replace("-", "_")] is None]
-    if missing:
-        return [f"{flag} is missing" for flag in missing]
     return [
         *_unsupported(command_line),
         *_machine(args, machine),
@@ -195,19 +205,6 @@ def _world(args: Namespace, world_size: int) -> list[str]:
         args.pipeline_model_parallel_size,
         args.context_parallel_size,
     )
-    small = [
-        f"{flag} {size}: has to be at least 1"
-        for flag, size in (
-            ("--tensor-model-parallel-size", tp),
-            ("--pipeline-model-parallel-size", pp),
-            ("--context-parallel-size", cp),
-            ("--expert-model-parallel-size", args.expert_model_parallel_size),
-            ("--micro-batch-size", args.micro_batch_size),
-        )
-        if size < 1
-    ]
-    if small:
-        return small
     if world_size % (tp * pp * cp):
         return [
             f"--tensor-model-parallel-size {tp} * --pipeline-model-parallel-size {pp} * --context-parallel-size {cp} "
@@ -370,11 +367,7 @@ def _pipeline(args: Namespace) -> list[str]:
 def _checkpoint(args: Namespace) -> list[str]:
     problems = []
     if args.use_megatron_fsdp != (args.ckpt_format == "fsdp_dtensor"):
-        wanted = (
-            "--ckpt-format fsdp_dtensor"
-            if args.use_megatron_fsdp
-            else "--ckpt-format torch_dist (CKPT_FORMAT=torch_dist)"
-        )
+        wanted = "fsdp_dtensor" if args.use_megatron_fsdp else "torch_dist"
         problems.append(
             f"--ckpt-format {args.ckpt_format}: fsdp_dtensor and --use-megatron-fsdp need each other; "
             f"use --ckpt-format {wanted} (CKPT_FORMAT)"

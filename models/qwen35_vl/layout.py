@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from math import gcd
 
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
 
@@ -48,17 +49,14 @@ def _missing_moe_flags(args: Namespace) -> list[str]:
 def _check_decoder(args: Namespace, config: Qwen35VLConfig) -> list[str]:
     problems = []
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    for kind, heads in (("key", config.linear_num_key_heads), ("value", config.linear_num_value_heads)):
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    if values % keys:
+        problems.append(f"--linear-num-value-heads {values}: not a multiple of --linear-num-key-heads {keys}")
+    for kind, heads in (("key", keys), ("value", values)):
         if heads % (tp * cp):
-            largest = max(n for n in range(1, heads + 1) if heads % (tp * n) == 0) if heads % tp == 0 else None
-            fix = (
-                f"--context-parallel-size {largest} is the largest that works at this TP"
-                if largest
-                else f"--tensor-model-parallel-size has to divide {heads}"
-            )
             problems.append(
                 f"--tensor-model-parallel-size {tp} --context-parallel-size {cp}: the {heads} GatedDeltaNet {kind} "
-                f"heads don't divide by TP * CP = {tp * cp}; {fix}"
+                f"heads don't divide by TP * CP = {tp * cp}; {_largest_cp(tp, gcd(keys, values))}"
             )
     if tp > 1 and not args.sequence_parallel:
         problems.append(
@@ -77,6 +75,12 @@ def _check_decoder(args: Namespace, config: Qwen35VLConfig) -> list[str]:
             f"--image-token-id {config.token_ids.image} isn't among the embedding's {config.vocab_size} rows"
         )
     return problems
+
+
+def _largest_cp(tp: int, heads: int) -> str:
+    if heads % tp:
+        return f"--tensor-model-parallel-size has to divide {heads}"
+    return f"--context-parallel-size {heads // tp} is the largest that works at this TP"
 
 
 def _check_vision(args: Namespace, config: Qwen35VLConfig) -> list[str]:
