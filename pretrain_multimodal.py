@@ -6,6 +6,7 @@ Run it with torchrun, or through scripts/run_qwen35_vl.sh.
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     spec = MODEL_REGISTRY[args.model_arch]
 
     # After the arguments: a refusal shouldn't cost this import.
+    import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -72,13 +74,17 @@ def main(argv: list[str] | None = None) -> None:
         write_arguments(args, Path(args.save) / "arguments.json")
         write_hf_folder(Path(args.save) / "hf", spec.hf_config(args), processor)
 
+    # Plain python, without torchrun's rendezvous: one rank needs no port.
+    store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
     pretrain(
         pretrain_cfg_container_from_args(args),
         dataset_provider(args, spec, processor),
         ModelType.encoder_or_decoder,
         ForwardStep(),
         partial(model_provider, spec, args),
+        store=store,
     )
+    torch.distributed.destroy_process_group()
     if args.rank == 0 and args.tensorboard_dir:
         draw_losses(Path(args.tensorboard_dir), Path(args.tensorboard_dir).parent / "loss.png")
 
