@@ -1,0 +1,38 @@
+"""Our model as training builds it: an architecture becomes flags, flags become configurations, these the model."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from models.qwen35_vl.configuration import Qwen35VLConfig
+
+# Megatron insists on these; the parity tests' sequences have any length.
+REQUIRED_FLAGS = ("--micro-batch-size", "1", "--seq-length", "64", "--train-iters", "1", "--lr", "1e-4")
+# No auxiliary loss: transformers' loss has none.
+MOE_FLAGS = ("--moe-aux-loss-coeff", "0")
+
+
+def resolve_flags(architecture: Qwen35VLConfig, folder: Path, *flags: str) -> Namespace:
+    """Arguments of an architecture, by way of a config.json in `folder`."""
+    import arguments
+
+    (folder / "config.json").write_text(json.dumps(architecture.to_hf()))
+    moe = MOE_FLAGS if architecture.is_moe else ()
+    return arguments.resolve(["--hf-config", str(folder), *REQUIRED_FLAGS, *moe, *flags])
+
+
+def build_model(architecture: Qwen35VLConfig, folder: Path, dtype: torch.dtype, *flags: str) -> torch.nn.Module:
+    """The `MultimodalModel` of one rank in `dtype`; needs the fixture `single_rank`."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    from models import MODEL_REGISTRY
+    from pretrain_multimodal import model_provider
+
+    args = resolve_flags(architecture, folder, *flags)
+    config = core_transformer_config_from_args(args)
+    config.params_dtype = dtype
+    return model_provider(MODEL_REGISTRY[args.model_arch], args, config=config)
