@@ -1,0 +1,40 @@
+"""What layers are made of: `torch` (CPU, and the reference) or `te` (Transformer Engine, GPU).
+
+A backend is a megatron-core `BackendSpecProvider` with what Qwen3.5 needs besides. `specs.py` of an architecture
+assembles the same layers from either.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+
+
+class Backend(BackendSpecProvider, Protocol):
+    """megatron-core's provider, and the norms that its configuration can't express."""
+
+    @abstractmethod
+    def plain_rms_norm(self) -> LayerNormBuilder:
+        """RMSNorm whose weight multiplies as it is, whether or not the configuration says zero-centred gamma."""
+        ...
+
+
+def get_backend(transformer_impl: str) -> Backend:
+    """The backend that `--transformer-impl` names.
+
+    Raises:
+        ValueError: another name.
+        ImportError: Transformer Engine asked for and not installed.
+    """
+    if transformer_impl == "local":
+        from models.backends.torch import TorchBackend
+
+        return TorchBackend()
+    if transformer_impl == "transformer_engine":
+        from models.backends.te import TEBackend
+
+        return TEBackend()
+    raise ValueError(f"--transformer-impl {transformer_impl}: choose local or transformer_engine")

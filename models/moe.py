@@ -1,0 +1,92 @@
+"""An MoE router whose auxiliary losses act by their coefficient, whatever share of the tokens is trained.
+
+With `--calculate-per-token-loss` Megatron divides every gradient by the trained tokens of the whole step, so an
+auxiliary loss has to come in multiplied by its share of them: their mean over the step's micro-batches and data
+ranks. What is left then is the coefficient times the mean of the losses. megatron-core 0.19.2 multiplies by the tokens
+of the rank that aren't padding (transformer/moe/router.py:604): with a tenth of the tokens trained, tenfold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+
+class PerTokenLossRouter(TopKRouter):
+    """megatron-core's router for a loss that is averaged over tokens; padding is left out of every statistic.
+
+    Attributes:
+        trained_tokens: for all routers of the process, set by `set_trained_tokens`.
+    """
+
+    trained_tokens: float | Tensor | None = None
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        if not config.calculate_per_token_loss and (self.is_aux_loss_enabled() or config.moe_z_loss_coeff):
+            raise ValueError("auxiliary losses of the MoE router need --calculate-per-token-loss here")
+
+    def attach_and_log_load_balancing_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Scale, attach and log one auxiliary loss, whose sum over the TP x CP ranks is the micro-batch's."""
+        # The parent multiplies by the group's size.
+        kwargs["valid_token_count"] = _trained_tokens() / self.tp_cp_group.size()
+        return super().attach_and_log_load_balancing_loss(*args, **kwargs)
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Attach coefficient * mean over the micro-batch's real tokens of logsumexp(logits)^2.
+
+        Args:
+            logits: [tokens, experts] of this rank.
+            padding_mask: [tokens] bool, True on padding.
+
+        Returns:
+            The logits, with the loss attached in training.
+        """
+        coefficient = self.config.moe_z_loss_coeff
+        if coefficient is None or not self.training or not torch.is_grad_enabled():
+            return logits
+        squares = torch.logsumexp(logits, dim=-1).square()
+        real = torch.ones_like(squares) if padding_mask is None else (~padding_mask).to(squares.dtype)
+        tokens = real.sum()
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(tokens, group=self.tp_cp_group)
+        loss = (squares * real).sum() / tokens
+        if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
+            loss = loss / self.config.mtp_num_layers
+        mtp_layers = self.config.mtp_num_layers or 0
+        get_moe_metrics_tracker().record(
+            "z_loss",
+            loss,
+            self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0),
+            self.config.num_layers + mtp_layers,
+            reduce_group=self.tp_cp_group,
+        )
+        return MoEAuxLossAutoScaler.apply(logits, coefficient * loss * _trained_tokens())
+
+
+def set_trained_tokens(mean: float | Tensor) -> None:
+    """Tell the routers what their auxiliary losses weigh against; call it before a step's first forward.
+
+    Args:
+        mean: trained tokens of a micro-batch (over all its CP ranks), averaged over the step's micro-batches and data
+            ranks. One figure for the whole step: recomputation and pipelining run forwards at any time within it.
+    """
+    PerTokenLossRouter.trained_tokens = mean
+
+
+def _trained_tokens() -> float | Tensor:
+    if PerTokenLossRouter.trained_tokens is None:
+        raise RuntimeError("models.moe.set_trained_tokens wasn't called before this step's first forward")
+    return PerTokenLossRouter.trained_tokens

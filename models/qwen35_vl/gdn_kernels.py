@@ -1,0 +1,261 @@
+"""The two operations of GatedDeltaNet that know of documents: a short causal convolution and the gated delta rule.
+
+In torch for any device and dtype (the reference), and in flash-linear-attention's Triton for CUDA. Both restart at
+every document's first token, and neither waits for the device in our code.
+
+The rule keeps a D_k x D_v memory S per head and, token by token (Yang et al., "Gated Delta Networks", 2024):
+
+    S = exp(g) S;   S = S + k outer beta (v - S^T k);   o = S^T q / sqrt(D_k)
+
+B rows, T tokens, N documents, H value heads, K = D_k, V = D_v head dims, C tokens of a chunk, G chunks of a row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.backends.documents import document_index
+
+NORM_EPSILON = 1e-6
+# The fastest on CPU for heads of 16 (16 to 64 are within 25% of each other).
+CHUNK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class GDNKernels:
+    """One implementation of both operations.
+
+    causal_conv: (x [B, T, channels], weight [channels, taps], cu_seqlens) -> silu(convolution) [B, T, channels].
+    gated_delta_rule: (q, k [B, T, H, K], v [B, T, H, V], g, beta [B, T, H], cu_seqlens) -> [B, T, H, V]; q and k
+        are normalised inside.
+
+    cu_seqlens is [N + 1] int32 with B = 1, or None: each row is a document.
+    """
+
+    causal_conv: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gated_delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def kernels_for(device: torch.device, *, deterministic: bool = False) -> GDNKernels:
+    """flash-linear-attention's kernels on CUDA where they are installed, torch's otherwise.
+
+    Args:
+        deterministic: torch's on CUDA too; Triton's backward adds in any order.
+    """
+    if device.type != "cuda" or deterministic:
+        return TORCH_KERNELS
+    return _fla_kernels() or TORCH_KERNELS
+
+
+def causal_conv(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Depthwise convolution over the last `taps` tokens of the same document, then SiLU.
+
+    Args:
+        x: [B, T, channels].
+        weight: [channels, taps], the last tap for the token itself.
+        cu_seqlens: see `GDNKernels`.
+
+    Returns:
+        [B, T, channels] in x's dtype, computed in float32 at least.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    taps = weight.to(compute).unbind(1)
+    length = x.size(1)
+    document = None if cu_seqlens is None else document_index(cu_seqlens, length)
+    inputs = x.to(compute)
+    output = inputs * taps[-1]
+    for back, tap in enumerate(reversed(taps[:-1]), 1):
+        past = F.pad(inputs, (0, 0, back, 0))[:, :length]
+        if document is not None:
+            same = document == F.pad(document, (back, 0), value=-1)[:length]
+            past = past * same.unsqueeze(1)
+        output = output + past * tap
+    return F.silu(output).to(x.dtype)
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None, chunk_size: int = CHUNK_SIZE
+) -> Tensor:
+    """The rule in chunks of C tokens: matrix products inside a chunk, a scan over the G chunks' memories.
+
+    Chunks don't follow documents. Where a document starts inside a chunk, what is before and what is after it don't
+    see each other, and the memory that the chunk was handed reaches only the tokens before it.
+
+    Args:
+        q, k, v, g, beta, cu_seqlens: see `GDNKernels`; g <= 0.
+
+    Returns:
+        [B, T, H, V] in v's dtype, computed in float32 at least.
+    """
+    compute = torch.promote_types(v.dtype, torch.float32)
+    length, key_dim = k.shape[1], k.shape[-1]
+    q = _normalise(q.to(compute)) * key_dim**-0.5
+    k = _normalise(k.to(compute))
+    q, k, values, decay, beta = (_to_chunks(x.to(compute), chunk_size) for x in (q, k, v, g, beta))
+    beta = beta.unsqueeze(-1)
+    pairs, carried, kept = _document_masks(cu_seqlens, length, chunk_size, q.device)
+
+    log_decay = decay.cumsum(-1)  # [B, G, H, C], from the chunk's start
+    end = log_decay[..., -1:]
+    # Masked before exp: above the diagonal the exponent is positive and may overflow.
+    pair_decay = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).masked_fill(~pairs, -torch.inf).exp()
+    from_start = (log_decay.exp() * carried).unsqueeze(-1)
+    to_end = ((end - log_decay).exp() * kept).unsqueeze(-1)
+
+    # What each token writes depends on what the earlier ones of the chunk wrote: a unit lower triangular system, for
+    # the writes into an empty memory and for their change per unit of the memory handed over.
+    system = beta * (k @ k.mT) * pair_decay
+    right = torch.cat((beta * values, beta * k * from_start), dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    writes, corrections = solved.split((values.size(-1), key_dim), dim=-1)
+
+    outgoing = (k * to_end).mT
+    survival = (end.exp() * carried[..., -1:]).unsqueeze(-1)
+    transition = survival * torch.eye(key_dim, dtype=compute, device=k.device) - outgoing @ corrections
+    memory = _scan(transition, outgoing @ writes)  # [B, G, H, K, V] at each chunk's start
+    written = writes - corrections @ memory
+    output = (q * from_start) @ memory + ((q @ k.mT) * pair_decay) @ written
+    return output.transpose(2, 3).flatten(1, 2)[:, :length].to(v.dtype)
+
+
+def _normalise(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPSILON)
+
+
+def _to_chunks(x: Tensor, chunk_size: int) -> Tensor:
+    """[B, T, H, ...] -> [B, G, H, C, ...]; zeros behind the end."""
+    missing = -x.size(1) % chunk_size
+    padded = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+    return padded.unflatten(1, (-1, chunk_size)).transpose(2, 3).contiguous()
+
+
+def _document_masks(
+    cu_seqlens: Tensor | None, length: int, chunk_size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens of a chunk touch which.
+
+    Returns:
+        pairs: [G or 1, 1, C, C], the column's token comes no later and is of the same document.
+        carried: [G or 1, 1, C], the token's document was going on when the chunk started.
+        kept: [G or 1, 1, C], the token's document goes on to the chunk's end.
+    """
+    causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=device).tril()
+    if cu_seqlens is None:
+        everything = causal.new_ones(1, 1, chunk_size)
+        return causal[None, None], everything, everything
+    padded = length + -length % chunk_size
+    document = document_index(cu_seqlens, padded).view(-1, 1, chunk_size)
+    pairs = causal & (document.unsqueeze(-1) == document.unsqueeze(-2))
+    last = document[..., -1:]
+    before = F.pad(last[:-1], (0, 0, 0, 0, 1, 0), value=-1)
+    return pairs, document == before, document == last
+
+
+def _scan(transition: Tensor, written: Tensor) -> Tensor:
+    """S_0 = 0, S_{i+1} = transition_i S_i + written_i over the chunks.
+
+    Args:
+        transition: [B, G, H, K, K].
+        written: [B, G, H, K, V].
+
+    Returns:
+        [B, G, H, K, V], S_i for each chunk i.
+    """
+    batch, _, heads, key_dim, value_dim = written.shape
+    state = written.new_zeros(batch * heads, key_dim, value_dim)
+    states = []
+    for step, added in zip(transition.unbind(1), written.unbind(1), strict=True):
+        states.append(state)
+        state = torch.baddbmm(added.flatten(0, 1), step.flatten(0, 1), state)
+    return torch.stack(states, dim=1).view(batch, heads, -1, key_dim, value_dim).transpose(1, 2)
+
+
+TORCH_KERNELS = GDNKernels(causal_conv, gated_delta_rule)
+
+
+@functools.cache
+def _fla_kernels() -> GDNKernels | None:
+    try:
+        from fla.modules.convolution import causal_conv1d
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+
+    def conv(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return causal_conv1d(x=x, weight=weight, activation="silu", cu_seqlens=cu_seqlens)[0]
+
+    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens)[0]
+
+    return GDNKernels(conv, rule)
+
+
+def check_fla_gradients() -> None:
+    """Compare flash-linear-attention's outputs and gradients on this GPU with torch's, on documents of a few lengths.
+
+    Some versions of Triton compile its backward of the gated rule wrongly on Hopper, without any error.
+    Takes a second (and the compilation that training needs anyway); does nothing without flash-linear-attention.
+
+    Raises:
+        RuntimeError: a tensor differs by more than bfloat16's rounding explains; the message names it.
+    """
+    kernels = _fla_kernels()
+    if kernels is None:
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    cu_seqlens = torch.tensor([0, 1, 131, 134, 264, 320], dtype=torch.int32, device=device)
+    inputs = _check_inputs(device, length=320, heads=4, head_dim=128)
+    ours = _outputs_and_gradients(TORCH_KERNELS, [x.double() for x in inputs], cu_seqlens)
+    theirs = _outputs_and_gradients(kernels, inputs, cu_seqlens)
+    wrong = []
+    for name, expected in ours.items():
+        error = ((theirs[name].double() - expected).norm() / expected.norm()).item()
+        if not error < FLA_TOLERANCE:  # NaN is wrong too
+            wrong.append(f"{name} by {error:.1e}")
+    if wrong:
+        import fla
+        import triton
+
+        raise RuntimeError(
+            f"flash-linear-attention {fla.__version__} with Triton {triton.__version__} computes GatedDeltaNet wrongly "
+            f"on this {torch.cuda.get_device_name(device)}: {', '.join(wrong)} relative to the torch reference "
+            f"(bfloat16 explains {FLA_TOLERANCE}). Install tilelang, or a Triton outside [3.4, 3.7.1)"
+        )
+
+
+# Several times what bfloat16 inputs and intermediate results cost; the known defect is of order 1.
+FLA_TOLERANCE = 0.03
+
+
+def _check_inputs(device: torch.device, *, length: int, heads: int, head_dim: int) -> list[Tensor]:
+    """x of the convolution, its weight, and q, k, v, g, beta of the rule; bfloat16 but for g."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    channels = heads * head_dim
+    wide = [normal(1, length, heads, head_dim) for _ in range(3)]
+    rates = [normal(1, length, heads) for _ in range(2)]
+    inputs = [normal(1, length, channels), normal(channels, 4), *wide, -F.softplus(rates[0]), rates[1].sigmoid()]
+    return [x if index == 5 else x.bfloat16() for index, x in enumerate(inputs)]
+
+
+def _outputs_and_gradients(kernels: GDNKernels, inputs: list[Tensor], cu_seqlens: Tensor) -> dict[str, Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    conv = kernels.causal_conv(leaves[0], leaves[1], cu_seqlens)
+    rule = kernels.gated_delta_rule(*leaves[2:], cu_seqlens)
+    weights = torch.linspace(-1, 1, conv.numel(), device=conv.device)
+    ((conv.flatten() * weights).sum() + (rule.flatten() * weights.roll(7)).sum()).backward()
+    names = ("x", "weight", "q", "k", "v", "g", "beta")
+    return {
+        "convolution": conv.detach(),
+        "rule": rule.detach(),
+        **{f"gradient of {name}": leaf.grad for name, leaf in zip(names, leaves, strict=True)},
+    }
