@@ -1,21 +1,24 @@
 """Where training data comes from: `DATASET_PROVIDERS`, the names that `--dataset-provider` takes.
 
-    dataset (mock | receipts | cord_v2 | yours) -> Sample -> Pack -> Batch
-    SampleDataset (pack.py)      sample.py   pack.py   batch.py, loader.py
+    conversations (conversation.py, receipts.py, cord_v2.py) -> Sample (sample.py) -> Pack (pack.py)
+        -> Batch (batch.py), by the loader's workers (loader.py)
 
-A dataset of yours is a class with four things, and one line here:
+A dataset of yours is conversations by index, a function that wraps them, and one line here:
 
-    class Captions:                                     # data.pack.SampleDataset
-        name, cache_dir = "captions/train", None
-        fingerprint = "captions v1"                     # changes whenever the sizes could
+    class Captions:                                     # data.conversation.Conversations
         def __len__(self) -> int: ...
-        def size(self, index: int) -> SampleSize: ...   # tokens and patches, without decoding pixels
-        def __getitem__(self, index: int) -> Sample: ...
+        def __getitem__(self, index: int) -> Conversation: ...
+
+    def build_captions(args, split, processor, model_inputs):
+        return ConversationDataset(
+            Captions(args.dataset_path, split), processor, sample_options(args), name=f"captions/{split}",
+            source="captions v1", cache_dir=None,       # source: changes with the data
+        )
 
     DATASET_PROVIDERS["captions"] = DatasetProvider("captions", needs_processor=True, build=build_captions)
 
-where `build_captions(args, split, processor, model_inputs)` returns it for "train", "validation" and "test".
-Order, packing, sharding over ranks, resuming and batches are the harness's.
+Order, packing, sharding over ranks, resuming and batches are the harness's. Data that isn't conversations implements
+`data.pack.SampleDataset` instead, as mock.py does.
 
 Torch-free to import: the launcher's preflight lists the names, and the functions import what they need.
 """

@@ -10,14 +10,16 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from data.pack import Pack
-from data.sample import Sample
 from models.spec import BatchShape, ModelInputs
+
+if TYPE_CHECKING:
+    from data.sample import Sample
 
 # Device memory is read in lines of this many bytes.
 BUFFER_ALIGNMENT = 128
@@ -69,6 +71,17 @@ class Batch:
     def without_vision(self) -> Self:
         """For the pipeline stages behind the first."""
         return replace(self, vision=None)
+
+    def __copy__(self) -> Self:
+        """Megatron keeps a copy of every micro-batch of a step; copying by `__reduce__` would copy the pixels."""
+        return replace(self)
+
+    def __reduce__(self) -> tuple[Callable[[FlatBatch], Batch], tuple[FlatBatch]]:
+        """Pickled as one buffer: torch.save refuses tensors of several dtypes that share one, as views of it do.
+
+        Megatron saves micro-batches when it suspects a faulty device and wants to run a step again on another.
+        """
+        return unflatten, (flatten(self),)
 
 
 def collate(
@@ -249,4 +262,4 @@ def _view(buffer: Tensor, place: list[Any]) -> Tensor:
     return buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
-CollatePacks = Callable[[Sequence[Pack]], Batch]
+type CollatePacks = Callable[[Sequence[Pack]], Batch]

@@ -215,7 +215,7 @@ class SharedReader(Iterator[Batch]):
         return self._mine.popleft()
 
 
-Readers = tuple[Iterator[Batch] | None, Iterator[Batch] | None, Iterator[Batch] | None]
+type Readers = tuple[Iterator[Batch] | None, Iterator[Batch] | None, Iterator[Batch] | None]
 
 
 def dataset_provider(args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None) -> Callable[..., Readers]:
@@ -243,7 +243,7 @@ def dataset_provider(args: Namespace, spec: ModelSpec, processor: ProcessorMixin
 
 def _share(readers: Readers, count: int) -> list[Readers]:
     """The readers for each of a rank's model chunks."""
-    shared = [SharedReader.split(reader, count) if reader else [None] * count for reader in readers]
+    shared = [SharedReader.split(reader, count) if reader is not None else [None] * count for reader in readers]
     return list(zip(*shared, strict=True))
 
 

@@ -20,13 +20,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from data.sample import Sample
+if TYPE_CHECKING:
+    from data.sample import Sample
 
-Pack = Sequence[Sample]
+type Pack = Sequence[Sample]
 
 # Packs being filled at a time. More fill better, and more of a pack's samples come from far apart in the shuffle.
 OPEN_PACKS = 32
@@ -38,7 +39,7 @@ class SampleSize:
 
     tokens: its length; 0 drops it.
     patches: rows of its pixel_values.
-    remark: why it is dropped, or what it lost to fit; counted for the log.
+    remark: counted for the log: "dropped: ..." and why, or what the sample lost to fit.
     """
 
     tokens: int
@@ -109,7 +110,7 @@ def measure(dataset: SampleDataset, *, workers: int = 0) -> Sizes:
             rows = pool.map(_size_in_worker, range(len(dataset)), chunksize=16)
     else:
         rows = [_size(dataset, index) for index in range(len(dataset))]
-    dropped = Counter(row.remark or "no tokens" for row in rows if row.tokens == 0)
+    dropped = Counter(row.remark or "dropped: no tokens" for row in rows if row.tokens == 0)
     changed = Counter(row.remark for row in rows if row.tokens > 0 and row.remark)
     sizes = Sizes(
         tokens=np.array([row.tokens for row in rows], dtype=np.int32),
@@ -177,6 +178,10 @@ class PackPlan:
         patch_budget: of a pack, None for no limit.
         packed: several samples to a pack, or one.
 
+    Attributes:
+        samples: number of samples that are used.
+        dropped: number of the others, by reason.
+
     Raises:
         ValueError: no sample is left; the message counts the reasons.
     """
@@ -193,12 +198,12 @@ class PackPlan:
         self._patch_budget = patch_budget
         self._sizes = sizes
         self.samples = len(self._kept)
-        self.dropped = Counter(sizes.dropped)
-        self.dropped["longer than --seq-length"] += int(too_long.sum())
-        self.dropped["more patches than --max-patches-per-pack"] += int(too_many_patches.sum())
-        self.dropped = +self.dropped  # without the zeros
+        dropped = Counter(sizes.dropped)
+        dropped["dropped: longer than --seq-length"] += int(too_long.sum())
+        dropped["dropped: more patches than --max-patches-per-pack"] += int(too_many_patches.sum())
+        self.dropped = dict(+dropped)  # without the zeros
         if self.samples == 0:
-            raise ValueError(f"no sample is left to train on: {dict(self.dropped) or 'the dataset is empty'}")
+            raise ValueError(f"no sample is left to train on: {self.dropped or 'the dataset is empty'}")
         self._starts = [0]  # index of each epoch's first pack; the last entry is the next epoch's
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -222,8 +227,7 @@ class PackPlan:
         parts = [
             f"{self.samples} samples in {packs} packs an epoch",
             f"{tokens / (packs * self._token_budget):.1%} full",
-            *(f"{count} dropped ({reason})" for reason, count in self.dropped.items()),
-            *(f"{count} changed ({reason})" for reason, count in self._sizes.changed.items()),
+            *(f"{count} {reason}" for reason, count in (self.dropped | self._sizes.changed).items()),
         ]
         return ", ".join(parts)
 

@@ -1,0 +1,308 @@
+"""Loader: the global order on any number of workers and ranks, resuming, errors, and the broadcast over two ranks."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from toy_data import PAD, ToyDataset, ToyInputs
+
+from data import DatasetProvider
+from data.batch import Batch, collate
+from data.loader import BatchReader, Ranks, SharedReader, dataset_provider
+from data.pack import IndexedPacks, PackPlan, measure
+from data.sample import Sample
+
+CPU = torch.device("cpu")
+LENGTHS = [7, 3, 12, 1, 5, 9, 2, 11, 4, 8, 6, 10, 12, 3, 5, 1, 2, 9]
+
+
+class Alone:
+    """A process group of one rank."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def reader(
+    data_rank: int = 0,
+    data_size: int = 1,
+    *,
+    micro_batch_size: int = 1,
+    workers: int = 0,
+    position: int = 0,
+    dataset: ToyDataset | None = None,
+    with_vision: bool = True,
+    group: object | None = None,
+) -> BatchReader:
+    dataset = dataset or ToyDataset(LENGTHS)
+    source = IndexedPacks(dataset, PackPlan(measure(dataset), seed=3, token_budget=12, packed=True), order="toy")
+    source.position = position
+    group = group or Alone()
+    collate_packs = partial(
+        collate,
+        model_inputs=ToyInputs(),
+        alignment=1,
+        packed=True,
+        seq_len=12,
+        dtype=torch.float32,
+        pad_token_id=PAD,
+    )
+    ranks = Ranks(data_rank, data_size, group, group, with_vision=with_vision)
+    return BatchReader(source, collate_packs, ranks, micro_batch_size=micro_batch_size, workers=workers, device=CPU)
+
+
+def rows(batches: BatchReader | list[Batch], count: int | None = None) -> list[list[int]]:
+    return [batch.input_ids.flatten().tolist() for batch in islice(batches, count)]
+
+
+def test_workers_do_not_change_the_order() -> None:
+    expected = rows(reader(), 20)
+    assert rows(reader(workers=1), 20) == expected
+    assert rows(reader(workers=3), 20) == expected
+
+
+@pytest.mark.parametrize(("data_size", "micro_batch_size"), [(1, 4), (2, 1), (2, 2), (4, 1), (3, 2)])
+def test_the_global_order_does_not_depend_on_the_ranks(data_size: int, micro_batch_size: int) -> None:
+    packs = data_size * micro_batch_size
+    expected = rows(reader(), 6 * packs)
+    ranks = [rows(reader(rank, data_size, micro_batch_size=micro_batch_size), 6) for rank in range(data_size)]
+    for step in range(6):
+        together = [token for rank in ranks for token in rank[step]]
+        assert together == [token for row in expected[step * packs : (step + 1) * packs] for token in row]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("position", [0, 4, 36])
+def test_resuming_continues_the_order(workers: int, position: int) -> None:
+    """Over the end of an epoch too, and with other ranks than before."""
+    expected = rows(reader(), position + 8)[position:]
+    assert rows(reader(position=position, workers=workers), 8) == expected
+    halves = [rows(reader(rank, 2, position=position, workers=workers), 4) for rank in range(2)]
+    assert [row for step in zip(*halves, strict=True) for row in step] == expected
+
+
+def test_the_state_is_what_was_delivered_not_what_was_prefetched() -> None:
+    loaded = reader(1, 2, micro_batch_size=2, workers=2, position=8)
+    for _ in range(3):
+        next(loaded)
+    assert loaded.save_state() == {"position": 8 + 3 * 4, "order": "toy"}
+
+
+def test_loading_leaves_the_default_generator_alone() -> None:
+    """Its state belongs to the training and is in checkpoints: a resumed run must not differ by a new loader."""
+    state = torch.get_rng_state()
+    rows(reader(workers=1), 2)
+    rows(reader(), 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Threads(ToyDataset):
+    def __getitem__(self, index: int) -> Sample:
+        assert torch.get_num_threads() == 1, f"{torch.get_num_threads()} threads"
+        return super().__getitem__(index)
+
+
+def test_workers_have_one_thread() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert rows(reader(workers=1, dataset=Threads(LENGTHS)), 3)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Broken(ToyDataset):
+    def __getitem__(self, index: int) -> Sample:
+        if index == 5:
+            raise OSError("truncated file")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_names_the_sample(workers: int) -> None:
+    with pytest.raises(OSError, match="truncated file") as error:
+        rows(reader(workers=workers, dataset=Broken(LENGTHS)), 20)
+    text = "\n".join([str(error.value), *getattr(error.value, "__notes__", [])])
+    assert "while loading sample 5 of toy/train" in text
+
+
+def test_stages_without_the_encoder_load_no_pixels() -> None:
+    dataset = ToyDataset([8, 8], [16, 8])
+    assert next(reader(dataset=dataset)).vision["pixel_values"].size(0) in (16, 8)
+    assert next(reader(dataset=dataset, with_vision=False)).vision is None
+
+
+def test_model_chunks_see_the_same_batches_in_any_order() -> None:
+    expected = rows(reader(), 6)
+    chunks = SharedReader.split(reader(), 3)
+    seen: list[list[Batch]] = [[], [], []]
+    for chunk in (0, 0, 1, 1, 2, 2, 0, 1, 0, 1, 2, 0, 0, 1, 1, 2, 2, 2):  # virtual pipelining's turns, ragged
+        seen[chunk].append(next(chunks[chunk]))
+    assert [rows(batches) for batches in seen] == [expected] * 3
+    assert seen[0][0] is seen[1][0] is seen[2][0]  # read once
+
+
+# The provider that Megatron calls, on one rank
+
+
+class Spec:
+    """The two entries of a ModelSpec that data reads."""
+
+    dataset_providers = {  # noqa: RUF012
+        "toy": DatasetProvider("toy", False, lambda args, split, processor, model_inputs: ToyDataset(args.lengths))
+    }
+
+    def model_inputs(self, args: Namespace) -> ToyInputs:
+        return ToyInputs()
+
+
+def arguments(**changes: object) -> Namespace:
+    return Namespace(
+        **{
+            "dataset_provider": "toy",
+            "lengths": LENGTHS,
+            "seq_length": 12,
+            "max_patches_per_pack": None,
+            "use_packed_sequence": True,
+            "seed": 5,
+            "params_dtype": torch.float32,
+            "num_workers": 0,
+            "micro_batch_size": 2,
+            "eval_micro_batch_size": 1,
+            "eval_global_batch_size": 3,
+            "eval_iters": 2,
+            "full_validation": False,
+            "skip_train": False,
+            "consumed_train_samples": 0,
+            "consumed_valid_samples": 0,
+            "iteration": 0,
+            "load": None,
+            "save": None,
+            "virtual_pipeline_model_parallel_size": None,
+            "context_parallel_size": 1,
+            "tensor_model_parallel_size": 1,
+            "sequence_parallel": False,
+        }
+        | changes
+    )
+
+
+@pytest.fixture
+def provide(single_rank: None) -> Callable[..., tuple]:
+    def make(vp_stage: int | None = None, **changes: object) -> tuple:
+        return dataset_provider(arguments(**changes), Spec(), None)([1, 1, 1], vp_stage=vp_stage)
+
+    return make
+
+
+def test_provider_resumes_from_the_counters(provide: Callable[..., tuple]) -> None:
+    train, valid, _ = provide()
+    straight, evaluations = rows(train, 10), rows(valid, 18)
+    train, valid, _ = provide(consumed_train_samples=8, consumed_valid_samples=6)
+    assert rows(train, 6) == straight[4:]
+    assert rows(valid, 12) == evaluations[6:]
+
+
+def test_every_evaluation_reads_the_same_packs(provide: Callable[..., tuple]) -> None:
+    """2 iterations of 3 packs, in micro-batches of 1."""
+    _, valid, test = provide()
+    evaluations = rows(valid, 18)
+    assert evaluations[:6] == evaluations[6:12] == evaluations[12:]
+    assert rows(test, 12) == evaluations[:12]  # the toy's splits are the same
+    assert len({str(row) for row in evaluations}) == 6
+
+
+def test_full_validation_reads_one_epoch(provide: Callable[..., tuple]) -> None:
+    _, valid, _ = provide(full_validation=True, lengths=[12] * 10)
+    assert len(valid) == 3  # 10 packs fill 3 iterations of 3
+    evaluations = rows(valid, 18)
+    assert evaluations[:9] == evaluations[9:]
+    assert len({str(row) for row in evaluations}) == 9
+
+
+def test_splits_that_no_flag_asks_for_are_not_built(provide: Callable[..., tuple]) -> None:
+    assert provide(eval_iters=0)[1:] == (None, None)
+    assert provide(skip_train=True)[0] is None
+
+
+def test_provider_gives_model_chunks_one_reader(single_rank: None) -> None:
+    provide = dataset_provider(arguments(virtual_pipeline_model_parallel_size=2, eval_iters=0), Spec(), None)
+    first, second = (provide([1, 1, 1], vp_stage=stage)[0] for stage in (0, 1))
+    assert next(first) is next(second)
+    assert provide.is_distributed
+
+
+def test_a_checkpoint_with_another_order_is_warned_about(
+    provide: Callable[..., tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, _, _ = provide(save=str(tmp_path))
+    next(train)
+    state = tmp_path / "data" / "iter_0000001" / "mp_rank_00" / "train_dataloader_dprank000.pt"
+    state.parent.mkdir(parents=True)
+    torch.save({"dataloader_state_dict": train.save_state()}, state)
+    resumed = {"load": str(tmp_path), "iteration": 1, "consumed_train_samples": 2}
+
+    expected = rows(train, 3)
+    capsys.readouterr()
+    assert rows(provide(**resumed)[0], 3) == expected
+    assert "WARNING" not in capsys.readouterr().out
+    changed = provide(**resumed, seq_length=13)[0]
+    assert changed.source.position == 2
+    assert "WARNING: the data's order has changed since the checkpoint: it was toy/train" in capsys.readouterr().out
+
+
+def test_the_log_says_what_was_dropped(provide: Callable[..., tuple], capsys: pytest.CaptureFixture[str]) -> None:
+    provide(lengths=[3, 4, 13], eval_iters=0)
+    line = "> toy/train: 2 samples in 1 packs an epoch, 58.3% full, 1 dropped: longer than --seq-length\n"
+    assert line in capsys.readouterr().out
+
+
+# Two ranks
+
+
+def receive(rank: int, folder: str) -> None:
+    """Both ranks read three micro-batches; the second has no data at all."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    calls: list[str] = []
+    for name in ("broadcast", "all_reduce", "all_gather", "broadcast_object_list", "barrier", "send", "recv"):
+        for module in (dist, dist.distributed_c10d):
+            original = getattr(module, name)
+            setattr(module, name, partial(lambda f, n, *a, **k: (calls.append(n), f(*a, **k))[1], original, name))
+    dataset = ToyDataset(LENGTHS, [4 * (index % 2) for index in range(len(LENGTHS))])
+    if rank == 1:
+        dataset.__class__ = Unreadable
+    loaded = reader(dataset=dataset, group=dist.group.WORLD, micro_batch_size=2, workers=1 - rank)
+    batches = list(islice(loaded, 3))
+    assert calls == ["broadcast"] * 6
+    assert loaded.source.position == 6
+    assert (loaded.save_state() is None) == (rank == 1)
+    torch.save(batches, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+class Unreadable(ToyDataset):
+    def __getitem__(self, index: int) -> Sample:
+        raise AssertionError("only the first rank of a group loads")
+
+
+def test_two_ranks_get_the_same_batches_in_two_collectives_each(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(receive, args=(str(tmp_path),), nprocs=2)
+    sent, received = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    alone = reader(dataset=ToyDataset(LENGTHS, [4 * (index % 2) for index in range(len(LENGTHS))]), micro_batch_size=2)
+    for one, other, expected in zip(sent, received, islice(alone, 3), strict=True):
+        for batch in (one, other):
+            assert batch.stats == expected.stats
+            assert batch.input_ids.tolist() == expected.input_ids.tolist()
+            assert torch.equal(batch.position_ids, expected.position_ids)
+            assert torch.equal(batch.vision["pixel_values"], expected.vision["pixel_values"])
+            assert batch.vision["max_seqlen"] == expected.vision["max_seqlen"]
