@@ -220,8 +220,8 @@ def machine_flags(args: Namespace, machine: Machine) -> list[str]:
     """What this machine needs or runs best, given the architecture and the layout."""
     impl = args.transformer_impl or ("transformer_engine" if machine.gpus and machine.transformer_engine else "local")
     flags = ["--transformer-impl", impl]
-    if not machine.gpus:
-        flags += ["--distributed-backend", "gloo"]
+    if impl == "local":
+        flags.append("--no-persist-layer-norm")  # a kernel that torch's norms haven't
     if not (machine.gpus and machine.fused_weight_gradients):
         flags.append("--no-gradient-accumulation-fusion")
     if args.num_experts and machine.gpus and impl == "transformer_engine":

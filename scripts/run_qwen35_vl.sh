@@ -36,7 +36,8 @@ case $LAUNCHER in
         RANK=${RANK:-${SLURM_PROCID:-0}} world=${WORLD_SIZE:-${SLURM_NTASKS:-1}}
         indices RANK
         counts world
-        launch=("RANK=$RANK" "WORLD_SIZE=$world" "LOCAL_RANK=${LOCAL_RANK:-${SLURM_LOCALID:-0}}"
+        launch=(python) # alone, it needs neither address nor port
+        ((world == 1)) || launch=("RANK=$RANK" "WORLD_SIZE=$world" "LOCAL_RANK=${LOCAL_RANK:-${SLURM_LOCALID:-0}}"
             "MASTER_ADDR=${MASTER_ADDR:-localhost}" "MASTER_PORT=${MASTER_PORT:-6000}" python) ;;
     *) die "LAUNCHER=$LAUNCHER: expected torchrun or python" ;;
 esac

@@ -182,7 +182,7 @@ def test_several_nodes() -> None:
 
 def test_python_launcher_takes_ranks_from_slurm() -> None:
     start, _ = command_of(launch(LAUNCHER="python"))
-    assert start[-1] == "python" and {"RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "MASTER_ADDR=localhost"} <= set(start)
+    assert start[-1] == "python" and not any(word.startswith("MASTER_") for word in start)
     slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "MASTER_ADDR": "first"}
     start, _ = command_of(launch(LAUNCHER="python", **slurm))
     assert {"RANK=3", "WORLD_SIZE=4", "LOCAL_RANK=1", "MASTER_ADDR=first"} <= set(start)

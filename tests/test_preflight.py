@@ -173,7 +173,7 @@ def test_gpus_get_transformer_engine_and_its_exchanges() -> None:
     assert flags[flags.index("--transformer-impl") + 1] == "transformer_engine"
     assert flags[flags.index("--cp-comm-type") + 1] == "p2p"  # 2 KV heads
     assert {"--moe-grouped-gemm", "--moe-permute-fusion", "--moe-router-fusion"} <= set(flags)
-    assert "--distributed-backend" not in flags
+    assert "--no-persist-layer-norm" not in flags
     plain = preflight(f"{BASE} --model-variant 397b_a17b --no-moe-fusion".split(), GPUS, 8)
     assert not {"--moe-permute-fusion", "--moe-router-fusion"} & set(plain)
 
