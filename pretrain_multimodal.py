@@ -41,6 +41,8 @@ def model_provider(
 
     language_config = spec.language_post_config(args, config or core_transformer_config_from_args(args))
     vision_config = spec.vision_config(args, language_config)
+    # Here, since the rank's device is set by now.
+    spec.check_kernels(args)
     # megatron-core's layers name their device: torch.device("meta") alone would allocate everything.
     with meta_device() if args.init_model_with_meta_device else nullcontext():
         return spec.build_model(

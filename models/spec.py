@@ -76,6 +76,7 @@ class ModelSpec:
     flags: variant name and the launcher's architecture overrides -> Megatron flags, put before the user's own.
     flags_from_hf: a folder with config.json -> the same.
     check_layout: parsed flags (argparse names of Megatron's) -> refusals, each naming the flag and the fix.
+    check_kernels: raises on a rank whose kernels compute wrongly; called on its device, before a stage is built.
     hf_config: resolved arguments -> the `config.json` that every checkpoint carries.
     vision_config: arguments and the decoder's config -> the vision encoder's config.
     language_post_config: last word on the decoder's config, for what no Megatron flag can say.
@@ -88,6 +89,7 @@ class ModelSpec:
     flags: Callable[[str], list[str]]
     flags_from_hf: Callable[[Path], list[str]]
     check_layout: Callable[[Namespace], list[str]]
+    check_kernels: Callable[[Namespace], None]
     hf_config: Callable[[Namespace], dict[str, Any]]
     vision_config: Callable[[Namespace, TransformerConfig], TransformerConfig]
     language_post_config: Callable[[Namespace, TransformerConfig], TransformerConfig]

@@ -97,6 +97,7 @@ TOY = ModelSpec(
     flags=toy_flags,
     flags_from_hf=lambda folder: [],
     check_layout=lambda args: [],
+    check_kernels=lambda args: None,
     hf_config=lambda args: {"model_type": "toy"},
     vision_config=lambda args, config: replace(config),
     language_post_config=lambda args, config: config,

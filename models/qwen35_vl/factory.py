@@ -30,6 +30,15 @@ def _flags_from_hf(folder: Path) -> list[str]:
         raise ValueError(f"--hf-config {folder}: {error}") from error
 
 
+def _check_kernels(args: Namespace) -> None:
+    import torch
+
+    from models.qwen35_vl.gdn_kernels import check_fla_gradients
+
+    if torch.cuda.is_available():
+        check_fla_gradients()
+
+
 def _hf_config(args: Namespace) -> dict[str, Any]:
     return Qwen35VLConfig.from_args(args).to_hf()
 
@@ -69,6 +78,7 @@ QWEN35_VL = ModelSpec(
     flags=_flags,
     flags_from_hf=_flags_from_hf,
     check_layout=check_layout,
+    check_kernels=_check_kernels,
     hf_config=_hf_config,
     vision_config=_vision_config,
     language_post_config=_language_post_config,

@@ -196,6 +196,7 @@ def _fla_kernels() -> GDNKernels | None:
     return GDNKernels(conv, rule)
 
 
+@functools.cache
 def check_fla_gradients() -> None:
     """Compare flash-linear-attention's outputs and gradients on this GPU with torch's, on documents of a few lengths.
 
