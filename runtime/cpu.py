@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import resource
 import sys
@@ -51,6 +52,10 @@ def _install() -> None:
         torch.empty(0)
     if "torch._dynamo" in sys.modules:
         torch.compiler.set_stance("force_eager")  # for what is wrapped already
+    # The tracker warns when the CPU's generator moves while CUDA's is forked; here they are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
     for redirect in REDIRECTS:
         for path in redirect.targets.split():
             owner, name = _resolve(path)
@@ -175,6 +180,10 @@ def _not_compiled(original: Function) -> Function:
     return compile_nothing
 
 
+def _on_host(tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and tensor is not None else tensor
+
+
 class _Stream:
     """A stream on which all is done at once."""
 
@@ -230,7 +239,8 @@ def _resident_bytes(device: Any = None) -> int:
 
 def _peak_resident_bytes(device: Any = None) -> int:
     """Highest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # The kernel updates its peak late.
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _resident_bytes())
 
 
 def _memory_stats(device: Any = None) -> Counter[str]:
@@ -347,5 +357,10 @@ REDIRECTS = (
     ),
     Redirect(
         "megatron.training.training.set_jit_fusion_options", _constant(None), "warms up compiled functions on the GPU"
+    ),
+    Redirect(
+        "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+        _instead(_on_host),
+        "moe_utils.py:1184 makes all-to-all's split sizes host numbers only when they are on a GPU",
     ),
 )
