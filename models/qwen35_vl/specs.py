@@ -112,7 +112,7 @@ def _layer_spec(config: TransformerConfig, backend: Backend, *, linear_attention
             self_attention=_gated_delta_net_spec(backend) if linear_attention else _attention_spec(config, backend),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fused and not moe else norm,
-            mlp=_moe_spec(config, backend) if moe else get_mlp_module_spec_for_backend(backend=backend),
+            mlp=_moe_spec(config, backend) if moe else _dense_spec(config, backend),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=checkpoint_names,
         ),
@@ -149,6 +149,10 @@ def _attention_spec(config: TransformerConfig, backend: Backend) -> ModuleSpec:
             k_layernorm=head_norm,
         ),
     )
+
+
+def _dense_spec(config: TransformerConfig, backend: Backend) -> MlpBuilder:
+    return get_mlp_module_spec_for_backend(backend=backend, use_te_activation_func=config.use_te_activation_func)
 
 
 def _moe_spec(config: TransformerConfig, backend: Backend) -> MlpBuilder:
