@@ -42,13 +42,14 @@ class GDNKernels:
     gated_delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def kernels_for(device: torch.device, *, deterministic: bool = False) -> GDNKernels:
-    """flash-linear-attention's kernels on CUDA where they are installed, torch's otherwise.
+def kernels_for(device: torch.device, transformer_impl: str, *, deterministic: bool = False) -> GDNKernels:
+    """flash-linear-attention's kernels beside Transformer Engine where they are installed, torch's otherwise.
 
     Args:
-        deterministic: torch's on CUDA too; Triton's backward adds in any order.
+        transformer_impl: "local" is torch throughout: the reference, in any dtype.
+        deterministic: torch's in any case; Triton's backward adds in any order.
     """
-    if device.type != "cuda" or deterministic:
+    if device.type != "cuda" or transformer_impl == "local" or deterministic:
         return TORCH_KERNELS
     return _fla_kernels() or TORCH_KERNELS
 
@@ -201,7 +202,7 @@ def check_fla_gradients() -> None:
     """Compare flash-linear-attention's outputs and gradients on this GPU with torch's, on documents of a few lengths.
 
     Some versions of Triton compile its backward of the gated rule wrongly on Hopper, without any error.
-    Takes a second (and the compilation that training needs anyway); does nothing without flash-linear-attention.
+    Takes a second after its kernels are compiled and tuned, which takes a minute or two once per machine.
 
     Raises:
         RuntimeError: a tensor differs by more than bfloat16's rounding explains; the message names it.

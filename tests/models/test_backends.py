@@ -177,7 +177,7 @@ def test_attention_refuses_what_it_would_ignore() -> None:
     with pytest.raises(ValueError, match="no attention mask"):
         attention(causal=True)(*qkv(4, 1), torch.ones(4, 4, dtype=torch.bool))
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-    with pytest.raises(ValueError, match="--attention-dropout 0.1"):
+    with pytest.raises(ValueError, match=r"--attention-dropout 0\.1"):
         get_backend("local").core_attention()(
             config=norm_config(attention_dropout=0.1),
             layer_number=1,

@@ -56,7 +56,7 @@ def test_stages_share_the_layers_in_order(layout: str) -> None:
         for vp_stage, rank in counts
     }
     assert {stage: len(layers) for stage, layers in stages.items()} == counts
-    assert sum(stages.values(), []) == PATTERN
+    assert [kind for layers in stages.values() for kind in layers] == PATTERN
 
 
 def test_explicit_layout_is_followed() -> None:
