@@ -130,7 +130,9 @@ class Qwen35GatedDeltaNet(GatedDeltaNet):
         Returns:
             [B, S, value heads, value head dim] twice: the rule's output and the output gate z.
         """
-        kernels = kernels_for(projected.device, deterministic=self.config.deterministic_mode)
+        kernels = kernels_for(
+            projected.device, self.config.transformer_impl, deterministic=self.config.deterministic_mode
+        )
         qkv, gate, beta, alpha = projected.split(self.feat_dim_split, dim=-1)
         sections = (self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp)
         weight = get_parameter_local_cp(self.conv1d.weight, 0, self.pg_collection.cp, sections)
