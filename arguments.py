@@ -12,16 +12,17 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 from models import MODEL_REGISTRY, ModelSpec
 from runtime.machine import Machine, detect
-from runtime.preflight import add_megatron_flags, cp_comm_types, refusals, unknown_name, unusable_sizes
+from runtime.megatron_flags import add_megatron_flags
+from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
 
 # What the training loop of this harness is made for; not a matter of taste.
 ALWAYS = (
@@ -153,6 +154,10 @@ def resolve(argv: list[str]) -> Namespace:
     command_line = preflight_or_exit(argv)
     from runtime import cpu, mends
 
+    if "transformer_engine" not in command_line:  # --transformer-impl local: known and chosen
+        warnings.filterwarnings(
+            "ignore", "(Transformer Engine and )?Apex (are|is) not installed|Only transformer-engine"
+        )
     cpu.enable()
     mends.apply()
     from megatron.training.arguments import parse_args, validate_args
@@ -183,6 +188,8 @@ def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
     Raises:
         Refused: it can't run.
     """
+    if problems := unknown_flags(argv, _our_flags()):
+        raise Refused(problems)
     args = _read(argv)
     spec, architecture = _architecture(args)
     if args.num_experts == 0:
@@ -286,23 +293,18 @@ def _read(argv: list[str]) -> Namespace:
     return parser.parse_known_args(argv)[0]
 
 
-def _extend_megatron_parser(parser: ArgumentParser) -> ArgumentParser:
-    parser = add_multimodal_args(parser)
+def _our_flags() -> set[str]:
+    return set(add_multimodal_args(ArgumentParser(add_help=False))._option_string_actions)
 
+
+def _extend_megatron_parser(parser: ArgumentParser) -> ArgumentParser:
     def error(message: str) -> NoReturn:
         """Without Megatron's usage text, which has hundreds of lines."""
-        known = [name for action in parser._actions for name in action.option_strings]
-        unknown = [word.split("=", 1)[0] for word in message.split() if word.startswith("--")]
-        guesses = [
-            f"{word}: did you mean {' or '.join(close)}?"
-            for word in unknown
-            if word not in known and (close := get_close_matches(word, known, n=2, cutoff=0.8))
-        ]
-        print(Refused([message, *guesses]), file=sys.stderr, flush=True)
+        print(Refused([message]), file=sys.stderr, flush=True)
         raise SystemExit(2)
 
     parser.error = error
-    return parser
+    return add_multimodal_args(parser)
 
 
 @contextmanager

@@ -8,68 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterable
 from difflib import get_close_matches
 from math import lcm
 from pathlib import Path
 
 from runtime.machine import Machine
-
-# Megatron's flags that the checks and the architectures read, with Megatron's own defaults
-# (tests/test_preflight.py compares them with its parser).
-_NUMBERS: dict[str, int | None] = {
-    "--num-layers": None,
-    "--hidden-size": None,
-    "--ffn-hidden-size": None,
-    "--num-attention-heads": None,
-    "--num-query-groups": 1,
-    "--kv-channels": None,
-    "--max-position-embeddings": None,
-    "--padded-vocab-size": None,
-    "--linear-conv-kernel-dim": 4,
-    "--linear-key-head-dim": 128,
-    "--linear-value-head-dim": 128,
-    "--linear-num-key-heads": 16,
-    "--linear-num-value-heads": 32,
-    "--rotary-base": 10000,
-    "--mtp-num-layers": None,
-    "--num-experts": None,
-    "--moe-router-topk": 2,
-    "--moe-ffn-hidden-size": None,
-    "--moe-shared-expert-intermediate-size": None,
-    "--tensor-model-parallel-size": 1,
-    "--pipeline-model-parallel-size": 1,
-    "--context-parallel-size": 1,
-    "--expert-model-parallel-size": 1,
-    "--expert-tensor-parallel-size": None,
-    "--decoder-first-pipeline-num-layers": None,
-    "--decoder-last-pipeline-num-layers": None,
-    "--num-layers-per-virtual-pipeline-stage": None,
-    "--num-virtual-stages-per-pipeline-rank": None,
-    "--micro-batch-size": None,
-    "--global-batch-size": None,
-    "--seq-length": None,
-}
-_SWITCHES = (
-    "--group-query-attention",
-    "--untie-embeddings-and-output-weights",
-    "--sequence-parallel",
-    "--account-for-embedding-in-pipeline-split",
-    "--account-for-loss-in-pipeline-split",
-    "--use-megatron-fsdp",
-    "--exit-on-missing-checkpoint",
-)
-_TEXTS: dict[str, str | None] = {
-    "--linear-attention-freq": None,
-    "--pipeline-model-parallel-layout": None,
-    "--ckpt-format": "torch_dist",
-    "--load": None,
-    "--wandb-project": None,
-}
-
-_REQUIRED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size")
-_MAY_BE_ZERO = ("--num-experts", "--mtp-num-layers")
+from runtime.megatron_flags import MAY_BE_ZERO, NUMBERS, REQUIRED, known_flags
 
 # Megatron features that the harness doesn't build. One line each: delete it when that changes.
 UNSUPPORTED = {
@@ -88,34 +34,27 @@ UNSUPPORTED = {
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def add_megatron_flags(parser: ArgumentParser) -> None:
-    """Give a light parser the flags of Megatron's that the checks read, under Megatron's names.
-
-    `cp_comm_type` and `transformer_impl` are None when not given: `arguments.expand` chooses.
-    """
-    for flag, default in _NUMBERS.items():
-        parser.add_argument(flag, type=int, default=default)
-    for flag in _SWITCHES:
-        parser.add_argument(flag, action="store_true")
-    for flag, default in _TEXTS.items():
-        parser.add_argument(flag, default=default)
-    parser.add_argument("--rotary-percent", type=float, default=1.0)
-    parser.add_argument("--init-method-std", type=float, default=0.02)
-    parser.add_argument("--norm-epsilon", dest="layernorm_epsilon", type=float, default=1e-5)
-    parser.add_argument("--mrope-section", type=int, nargs="+", default=None)
-    parser.add_argument("--cp-comm-type", nargs="+", default=None)
-    parser.add_argument("--transformer-impl", default=None)
+def unknown_flags(command_line: list[str], ours: Iterable[str]) -> list[str]:
+    """Refusals of misspelt flags, which Megatron's own parser would find only after its import, on every rank."""
+    known = known_flags() | set(ours)
+    given = dict.fromkeys(word.split("=", 1)[0] for word in command_line if word.startswith("--"))
+    return [
+        f"{flag}: no such flag{f'; did you mean {guesses[0]}?' if guesses else ''}"
+        for flag in given
+        if flag not in known
+        for guesses in [get_close_matches(flag, known, n=1, cutoff=0.8)]
+    ]
 
 
 def unusable_sizes(args: Namespace) -> list[str]:
     """Refusals of numbers that no check could compute with: missing ones and those below 1."""
     problems = []
-    for flag in _NUMBERS:
+    for flag in NUMBERS:
         value = vars(args)[flag[2:].replace("-", "_")]
-        if value is None and flag in _REQUIRED:
+        if value is None and flag in REQUIRED:
             problems.append(f"{flag} is missing")
-        elif value is not None and value < (flag not in _MAY_BE_ZERO):
-            problems.append(f"{flag} {value}: has to be at least {int(flag not in _MAY_BE_ZERO)}")
+        elif value is not None and value < (flag not in MAY_BE_ZERO):
+            problems.append(f"{flag} {value}: has to be at least {int(flag not in MAY_BE_ZERO)}")
     return problems
 
 
@@ -123,7 +62,7 @@ def refusals(args: Namespace, command_line: list[str], machine: Machine, world_s
     """Everything wrong with the flags by Megatron's rules and this machine's, each with its fix.
 
     Args:
-        args: the effective flags as `add_megatron_flags` and `arguments.add_multimodal_args` read them.
+        args: the effective flags as `arguments` reads them.
         command_line: the same, unread, for flags that the harness doesn't build.
         machine: what is installed.
         world_size: ranks of the whole job.

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/run_qwen35_vl.sh"
 FAKE_DRIVER = "int cuInit(unsigned f) { return 0; } int cuDeviceGetCount(int *n) { *n = 2; return 0; }"
 
+SLOW_TO_BUILD = ("35b_a3b", "122b_a10b", "397b_a17b")  # 10,000 experts and more, each a module
+
 
 def launch(
     *flags: str, library_path: Path | None = None, cwd: Path = ROOT, **variables: str
@@ -60,6 +62,22 @@ def test_every_variant_parses(variant: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert Qwen35VLConfig.from_args(args) == VARIANTS[variant]
     architecture = {word for word in VARIANTS[variant].to_flags() if word.startswith("--")}
     assert not set(flags) & architecture  # no number of it in the script
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_TO_BUILD else name for name in VARIANTS]
+)
+def test_every_variant_builds(variant: str, single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of the launcher's command line, on the meta device."""
+    from models import MODEL_REGISTRY
+    from pretrain_multimodal import model_provider
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    _, flags = command_of(launch("--init-model-with-meta-device", MODEL_VARIANT=variant))
+    args = arguments.resolve(flags)
+    model = model_provider(MODEL_REGISTRY[args.model_arch], args)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert len(model.language_model.decoder.layers) == VARIANTS[variant].num_layers
 
 
 def test_defaults_without_a_gpu() -> None:

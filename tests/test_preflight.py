@@ -81,6 +81,8 @@ REFUSED = {
     "TE without TE": (f"{TINY} --transformer-impl transformer_engine", 1, ["isn't installed", "no CUDA device"]),
     "implementation": (f"{TINY} --transformer-impl inference_optimized", 1, ["use local or transformer_engine"]),
     "wandb": (f"{TINY} --wandb-project x", 1, ["--wandb-project x", "pip install wandb"]),
+    "misspelt": (f"{TINY} --sequence-paralel", 1, ["--sequence-paralel: no such", "did you mean --sequence-parallel?"]),
+    "invented": (f"{TINY} --teleport=1", 1, ["--teleport: no such flag"]),
     "not a number": (f"{TINY} --num-layers four", 1, ["--num-layers", "four"]),
     "unsupported": (f"{TINY} --yaml-cfg=x.yaml", 1, ["--yaml-cfg", "--model-variant"]),
     "missing": ("--model-variant tiny --micro-batch-size 1", 1, ["--seq-length is missing"]),
