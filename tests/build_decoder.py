@@ -92,7 +92,7 @@ def build_decoder(architecture: Qwen35VLConfig, dtype: torch.dtype = torch.float
 
 
 def roughen(module: torch.nn.Module, seed: int = 0) -> None:
-    """Give every parameter values that no two layouts or formulas share by accident.
+    """Give every parameter values from the seed that no two layouts or formulas share by accident.
 
     Fresh norms are all alike, and a fresh GatedDeltaNet forgets within a few tokens: here it remembers dozens.
     """
@@ -103,6 +103,8 @@ def roughen(module: torch.nn.Module, seed: int = 0) -> None:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if name.endswith("A_log"):
                 parameter.fill_(-3.0)
+            elif parameter.dim() > 1:
+                parameter.zero_()  # its random initial values don't come from the seed
             parameter.add_((noise * scale).to(parameter))
 
 
