@@ -56,7 +56,7 @@ REFUSED = {
     "sequence over CP": (f"{TINY} --seq-length 1002 {CP} 2", 2, ["--seq-length 1002", "multiple of 4", "1000 or 1004"]),
     "sequence over SP": (f"{TINY} --seq-length 1001 {TP} 2 {SP}", 2, ["--seq-length 1001", "1000 or 1002"]),
     "sequence over CP and SP": (
-        f"{BASE} --model-variant 4b --seq-length 1004 {CP} 2 {TP} 4 {SP}", 8, ["multiple of 8", "1000 or 1008"],
+        f"{BASE} --model-variant 4b --seq-length 1000 {CP} 4 {TP} 4 {SP}", 16, ["multiple of 16", "992 or 1008"],
     ),
     "packed budget over CP": (f"{TINY} --use-packed-sequence --seq-length 1002 {CP} 2", 2, ["multiple of 4"]),
     "sequence beyond positions": (f"{TINY} --seq-length 65536", 1, ["--seq-length 65536", "32768"]),
