@@ -134,6 +134,7 @@ environment+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}" TOKENIZERS_PARALLEL
     "PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}")
 
 "${environment[@]}" WORLD_SIZE="$world" python "$root/arguments.py" "${flags[@]}" "$@"
+[[ " $* " =~ " "(-h|--help)" " ]] && exit # it has been shown
 command=("${profiler[@]}" "${environment[@]}" "${launch[@]}" "$root/pretrain_multimodal.py" "${flags[@]}" "$@")
 if ((DRY_RUN)); then
     printf '%q ' "${command[@]}"

@@ -228,6 +228,11 @@ def test_refused(case: str) -> None:
     assert message in run.stderr and "Traceback" not in run.stderr
 
 
+def test_help_starts_nothing() -> None:
+    run = launch("--help", DRY_RUN="0")
+    assert run.returncode == 0 and "--dataset-provider" in run.stdout and "torchrun" not in run.stdout
+
+
 def test_fine_tuning_says_its_learning_rate() -> None:
     assert "--lr 1e-5" in launch(CKPT_LOAD=str(ROOT)).stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -219,3 +220,19 @@ def test_the_process_imports_neither_torch_nor_megatron() -> None:
         )
         assert (run.stdout.strip(), run.returncode) == ("light", exit_code), run.stderr
         assert ("Refused" in run.stderr) == (exit_code == 2)
+
+
+def test_a_rank_refuses_before_it_imports_megatron() -> None:
+    """As torchrun starts it: the same message, and no process group is waited for."""
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "pretrain_multimodal.py", *f"{TINY} {TP} 2".split()],
+        cwd=root,
+        env={**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2 and "add --sequence-parallel" in run.stderr
+    imported = {line.split("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert "arguments" in imported and not {"torch", "megatron", "transformers"} & imported
