@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 KNOWN_VERSION = (0, 19, 2)
 
 
@@ -86,8 +88,67 @@ def recomputation_without_transformer_engine() -> None:
     CheckpointWithoutOutput.__init__ = init
 
 
+def optimizer_resumes_fp32_parameters() -> None:
+    """0.19.2, core/optimizer/distrib_optimizer.py:2061: `load_parameter_state_from_dp_reshardable` lacks no_grad.
+
+    Its siblings for the other formats have it. The main copy of a parameter that is fp32 in the model is a view of that
+    parameter, into which autograd then refuses to copy: an fp32 run, or a bf16 run with fp32 parameters (A_log), can't
+    resume. The distributed optimizer is built inside `get_megatron_optimizer()`; no argument chooses its class.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load = DistributedOptimizer.load_parameter_state_from_dp_reshardable
+    DistributedOptimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(load)
+
+
+def optimizer_resumes_without_fused_adam() -> None:
+    """0.19.2, core/optimizer/distrib_optimizer.py:839, :1028 and :1222: resuming with torch's Adam (no Apex, no TE).
+
+    Loading starts from `state_dict()`, which asserts that all parameters are at one step; before the first step torch's
+    Adam has no state, so nothing can be loaded. Past that, all parameters get one and the same step tensor, which each
+    parameter's update then increments: with N parameters, Adam's bias correction runs N times too fast. At last, the step is
+    is overwritten with what it was before loading (dp_reshardable format), or its absence is a KeyError (the others).
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    original_state_dict = optimizer_class.state_dict
+    original_load = optimizer_class.load_state_dict
+    original_set = optimizer_class._set_main_param_and_optimizer_states
+
+    @functools.wraps(original_state_dict)
+    def state_dict(self: Any) -> dict[str, Any]:
+        if not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            _own_steps(self.optimizer, 0.0)
+        return original_state_dict(self)
+
+    @functools.wraps(original_load)
+    def load_state_dict(self: Any, state: dict[str, Any]) -> None:
+        original_load(self, state)
+        _own_steps(self.optimizer)
+
+    @functools.wraps(original_set)
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        original_set(self, model_param, {**tensors, "step": None})  # None: keep what load_state_dict() set
+
+    optimizer_class.state_dict = state_dict
+    optimizer_class.load_state_dict = load_state_dict
+    optimizer_class._set_main_param_and_optimizer_states = set_states
+
+
+def _own_steps(optimizer: torch.optim.Optimizer, step: float | None = None) -> None:
+    """Give every parameter its own step tensor, set to `step` or to what it had."""
+    for state in optimizer.state.values():
+        state["step"] = torch.tensor(state["step"].item() if step is None else step)
+
+
 MENDS: tuple[Callable[[], None], ...] = (
     dataset_helpers_come_compiled,
     gated_delta_net_takes_other_kernels,
     recomputation_without_transformer_engine,
+    optimizer_resumes_fp32_parameters,
+    optimizer_resumes_without_fused_adam,
 )
