@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,8 +26,15 @@ def resolve_flags(architecture: Qwen35VLConfig, folder: Path, *flags: str) -> Na
     return arguments.resolve(["--hf-config", str(folder), *REQUIRED_FLAGS, *moe, *flags])
 
 
-def build_model(architecture: Qwen35VLConfig, folder: Path, dtype: torch.dtype, *flags: str) -> torch.nn.Module:
-    """The `MultimodalModel` of one rank in `dtype`; needs the fixture `single_rank`."""
+def build_model(
+    architecture: Qwen35VLConfig, folder: Path, dtype: torch.dtype, *flags: str, **settings: Any
+) -> torch.nn.Module:
+    """The `MultimodalModel` of one rank in `dtype`; needs the fixture `single_rank`.
+
+    Args:
+        flags: more of the command line.
+        settings: attributes of the decoder's TransformerConfig that no flag reaches here.
+    """
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from models import MODEL_REGISTRY
@@ -34,5 +42,6 @@ def build_model(architecture: Qwen35VLConfig, folder: Path, dtype: torch.dtype, 
 
     args = resolve_flags(architecture, folder, *flags)
     config = core_transformer_config_from_args(args)
-    config.params_dtype = dtype
+    for name, value in {"params_dtype": dtype, **settings}.items():
+        setattr(config, name, value)
     return model_provider(MODEL_REGISTRY[args.model_arch], args, config=config)

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
@@ -30,6 +29,7 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
+from models.backends import Backend
 from models.qwen35_vl.attention import Qwen35SelfAttention
 from models.qwen35_vl.configuration import Qwen35VLVisionConfig
 
@@ -121,11 +121,16 @@ def vision_transformer_config(language_config: TransformerConfig, vision: Qwen35
     )
 
 
-def vision_block_spec(config: TransformerConfig, backend: BackendSpecProvider) -> TransformerBlockSubmodules:
+def vision_block_spec(config: TransformerConfig, backend: Backend) -> TransformerBlockSubmodules:
     """Layers of the ViT for either backend; no norm behind the last one, since the merger has its own."""
     fused = backend.fuse_layernorm_and_linear()
     norm = IdentityOp if fused else backend.layer_norm(rms_norm=False)
     norm_linear = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    # Checkpoints carry the fused backend's names, so that either backend reads the other's.
+    checkpoint_names = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -146,6 +151,7 @@ def vision_block_spec(config: TransformerConfig, backend: BackendSpecProvider) -
                 submodules=MLPSubmodules(linear_fc1=norm_linear, linear_fc2=backend.row_parallel_linear()),
             ),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={} if fused else checkpoint_names,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers)
@@ -201,7 +207,7 @@ class PatchMerger(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        backend: BackendSpecProvider,
+        backend: Backend,
         *,
         merge_size: int,
         out_hidden_size: int,
@@ -253,7 +259,7 @@ class VisionEncoder(MegatronModule):
         self,
         config: TransformerConfig,
         vision: Qwen35VLVisionConfig,
-        backend: BackendSpecProvider,
+        backend: Backend,
         *,
         out_hidden_size: int,
         pg_collection: ProcessGroupCollection,
