@@ -104,8 +104,10 @@ CHAT_TEMPLATE = """\
   {%- set text = written(message.content) | trim -%}
   {{- '<|im_start|>' ~ message.role ~ '\\n' -}}
   {%- if message.role == 'assistant' -%}
-    {%- set reasoning = message.reasoning_content or '' -%}
-    {%- if not reasoning and '</think>' in text -%}
+    {%- set reasoning = '' -%}
+    {%- if message.reasoning_content is string -%}
+      {%- set reasoning = message.reasoning_content -%}
+    {%- elif '</think>' in text -%}
       {%- set reasoning = text.split('</think>')[0].split('<think>')[-1] -%}
       {%- set text = text.split('</think>')[-1].lstrip('\\n') -%}
     {%- endif -%}

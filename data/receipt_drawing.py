@@ -20,24 +20,26 @@ Box = tuple[float, float, float, float]
 
 MARGIN = 6  # of the paper, and of the table around it
 MAX_DEGREES = 4.0
+WHITE: Colour = (255, 255, 255)
+# Coarse values are panels across the paper in colours of their own, each with a shape: seen at any resolution.
 LOGOS: dict[str, tuple[str, Colour]] = {
-    "Acorn": ("disc", (150, 90, 40)),
-    "Bridge": ("square", (40, 70, 200)),
-    "Comet": ("star", (235, 190, 20)),
-    "Delta": ("triangle", (30, 150, 60)),
+    "Acorn": ("disc", (120, 70, 30)),
+    "Bridge": ("square", (40, 70, 210)),
+    "Comet": ("star", (240, 205, 30)),
+    "Delta": ("triangle", (30, 140, 60)),
     "Ember": ("diamond", (215, 40, 40)),
-    "Falcon": ("cross", (30, 30, 30)),
-    "Grove": ("ring", (140, 50, 170)),
-    "Harbor": ("bars", (20, 170, 180)),
+    "Falcon": ("cross", (25, 25, 25)),
+    "Grove": ("ring", (130, 50, 180)),
+    "Harbor": ("bars", (20, 175, 185)),
 }
 BANDS: dict[str, Colour] = {
-    "EUR": (50, 90, 210), "GBP": (190, 60, 170), "JPY": (215, 60, 50), "USD": (50, 150, 70),
+    "EUR": (120, 160, 250), "GBP": (250, 120, 220), "JPY": (250, 140, 90), "USD": (130, 220, 90),
 }  # fmt: skip
 STAMPS: dict[str, tuple[str, Colour]] = {
-    "card": ("square", (70, 110, 220)),
-    "cash": ("disc", (60, 170, 90)),
-    "coupon": ("triangle", (240, 140, 30)),
-    "points": ("cross", (220, 70, 150)),
+    "card": ("square", (20, 30, 90)),
+    "cash": ("disc", (0, 90, 40)),
+    "coupon": ("triangle", (150, 80, 0)),
+    "points": ("cross", (150, 0, 80)),
 }
 
 
@@ -69,7 +71,11 @@ class _Paper:
         self.draw = ImageDraw.Draw(self.image)
         self.ink = (rng.randint(0, 60),) * 3
         self.words: list[Word] = []
-        self.y = MARGIN
+        self.y = 0
+
+    def panel(self, height: float, colour: Colour) -> None:
+        """Fill the full width from self.y down."""
+        self.draw.rectangle((0, self.y, self.image.width, self.y + height), fill=colour)
 
     def write(self, x: float, text: str, size: int, category: str, align: str = "left", **word: Any) -> None:
         """Print a word at height self.y, its left edge, middle or right edge at x; size 0 is the bitmap font."""
@@ -80,40 +86,43 @@ class _Paper:
 
 
 def draw(receipt: Receipt, rng: Random) -> Drawing:
-    """Print a receipt and photograph it: 96 to 160 pixels wide, as high as its content needs.
+    """Print a receipt and photograph it: 96 to 144 pixels wide, as high as its content needs.
 
     rng decides on layout, sizes, colours' shades and angle, nothing that a question asks about.
     """
-    width = rng.randint(96, 160)
+    width = rng.randint(96, 144)
     paper = _Paper(width - 2 * MARGIN, 400, rng)
     band_on_top = rng.random() < 0.5
     _print_logo(paper, receipt, rng)
     if band_on_top:
-        _print_band(paper, receipt)
+        _print_band(paper, receipt, rng)
     _print_items(paper, receipt, rng)
     _print_total(paper, receipt, rng)
     if not band_on_top:
-        _print_band(paper, receipt)
+        _print_band(paper, receipt, rng)
     _print_stamp(paper, receipt, rng)
     sheet = paper.image.crop((0, 0, paper.image.width, paper.y))
     return _photograph(sheet, paper.words, rng)
 
 
 def _print_logo(paper: _Paper, receipt: Receipt, rng: Random) -> None:
-    side, right = rng.randint(30, 40), paper.image.width - MARGIN
-    x = rng.choice((MARGIN, (paper.image.width - side) // 2, right - side))
+    """The shop's colour across the paper, its shape and name in white."""
     shape, colour = LOGOS[receipt.shop]
-    _shape(paper.draw, shape, (x, paper.y, x + side, paper.y + side), _shaded(colour, rng))
+    side, width = rng.randint(26, 34), paper.image.width
+    paper.panel(side + 26, _shaded(colour, rng))
+    x = rng.choice((MARGIN, (width - side) // 2, width - MARGIN - side))
+    paper.y += 5
+    _shape(paper.draw, shape, (x, paper.y, x + side, paper.y + side), WHITE)
     paper.y += side + 2
-    paper.write(x + side / 2, receipt.shop, 11, "store_info.nm", "middle")
-    paper.y += 16
+    paper.write(x + side / 2, receipt.shop, 11, "store_info.nm", "middle", fill=WHITE)
+    paper.y += 23
 
 
-def _print_band(paper: _Paper, receipt: Receipt) -> None:
-    """The full width in the currency's colour, its code inside."""
-    paper.draw.rectangle((0, paper.y, paper.image.width, paper.y + 15), fill=BANDS[receipt.currency])
-    paper.write(paper.image.width / 2, receipt.currency, 12, "payment_info.currency", "middle", fill=(255, 255, 255))
-    paper.y += 20
+def _print_band(paper: _Paper, receipt: Receipt, rng: Random) -> None:
+    paper.panel(20, _shaded(BANDS[receipt.currency], rng))
+    paper.y += 2
+    paper.write(paper.image.width / 2, receipt.currency, 13, "payment_info.currency", "middle")
+    paper.y += 22
 
 
 def _print_items(paper: _Paper, receipt: Receipt, rng: Random) -> None:
@@ -137,27 +146,30 @@ def _print_total(paper: _Paper, receipt: Receipt, rng: Random) -> None:
     paper.y += 2
     paper.draw.line((MARGIN, paper.y, paper.image.width - MARGIN, paper.y), fill=paper.ink, width=2)
     paper.y += 5
-    size, label = rng.randint(18, 24), rng.choice(("TOTAL", "Total", "Sum"))
+    label = rng.choice(("TOTAL", "Total", "Sum"))
+    size = min(rng.randint(22, 28), (paper.image.width - 2 * MARGIN - 40) // 2)  # three digits beside the label
     paper.write(MARGIN, label, 11, "total.total_price", is_key=True)
     paper.write(paper.image.width - MARGIN, str(receipt.total), size, "total.total_price", "right")
     paper.y += size + 6
 
 
 def _print_stamp(paper: _Paper, receipt: Receipt, rng: Random) -> None:
-    side = rng.randint(22, 28)
-    x = rng.choice((MARGIN, paper.image.width - MARGIN - side))
     shape, colour = STAMPS[receipt.payment]
-    _shape(paper.draw, shape, (x, paper.y, x + side, paper.y + side), _shaded(colour, rng))
-    beside, align = (x + side + 4, "left") if x == MARGIN else (x - 4, "right")
+    side, right = rng.randint(16, 20), rng.random() < 0.5
+    paper.panel(side + 8, _shaded(colour, rng))
+    paper.y += 4
+    x = paper.image.width - MARGIN - side if right else MARGIN
+    _shape(paper.draw, shape, (x, paper.y, x + side, paper.y + side), WHITE)
+    beside, align = (x - 4, "right") if right else (x + side + 4, "left")
     paper.y += side // 2 - 6
-    paper.write(beside, receipt.payment, 11, "payment_info.method", align)
-    paper.y += side - side // 2 + 6 + MARGIN
+    paper.write(beside, receipt.payment, 11, "payment_info.method", align, fill=WHITE)
+    paper.y += side - side // 2 + 10
 
 
 def _photograph(sheet: Image.Image, words: list[Word], rng: Random) -> Drawing:
     """The sheet on a table, turned a little."""
-    shade = rng.randint(60, 200)
-    table = (shade, max(0, shade - rng.randint(0, 40)), max(0, shade - rng.randint(0, 60)))
+    shade = rng.randint(90, 220)
+    table = (shade, shade - rng.randint(0, 15), shade - rng.randint(0, 30))
     image = Image.new("RGB", (sheet.width + 2 * MARGIN, sheet.height + 2 * MARGIN), table)
     image.paste(sheet, (MARGIN, MARGIN))
     degrees = rng.uniform(-MAX_DEGREES, MAX_DEGREES)

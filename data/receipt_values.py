@@ -24,8 +24,9 @@ MAX_ITEMS = 5
 
 QUESTIONS = ("Read {}.", "What are {}?", "Give {} as JSON.", "Find {} on this receipt.")
 PARSE_QUESTION = "Parse this receipt."
-PARSE_SHARE = 0.1
-FIELDS = ("shop", "currency", "payment", "items", "total", "first item", "last item")
+PARSE_SHARE = 0.05
+# What is asked for, and how often: the coarse ones more often, so that a small model soon learns to look.
+FIELDS = {"shop": 3, "currency": 3, "payment": 3, "items": 2, "total": 2, "first item": 1, "last item": 1}
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,14 @@ def draw_receipt(rng: Random) -> Receipt:
 
 
 def ask(ground_truth: dict[str, Any], rng: Random) -> QuestionAndAnswer:
-    """A question about two to five fields in random order, or about everything; the answer is compact JSON."""
+    """A question about two to four fields in random order, or about everything; the answer is compact JSON."""
     if rng.random() < PARSE_SHARE:
         return _answered(PARSE_QUESTION, ground_truth)
-    fields = rng.sample(FIELDS, rng.randint(2, 5))
+    weights = dict(FIELDS)
+    fields = []
+    for _ in range(rng.randint(2, 4)):
+        fields += rng.choices(list(weights), list(weights.values()))
+        del weights[fields[-1]]
     listed = ", ".join(fields[:-1]) + " and " + fields[-1]
     values = {
         "shop": ground_truth["store_info"]["nm"],
