@@ -145,10 +145,29 @@ def _own_steps(optimizer: torch.optim.Optimizer, step: float | None = None) -> N
         state["step"] = torch.tensor(state["step"].item() if step is None else step)
 
 
+def fused_aux_loss_takes_padding() -> None:
+    """0.19.2, core/transformer/moe/moe_utils.py:277: with a padding mask the number of tokens is a float.
+
+    Transformer Engine's fused auxiliary loss (`--moe-router-fusion`) takes int64 alone and raises. The number comes from
+    a function of the module, which the router calls by name in the middle of its own.
+    """
+    from megatron.core.transformer.moe import router
+
+    original = router.get_tokens_per_expert_and_token_count
+
+    @functools.wraps(original)
+    def whole_tokens(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        per_expert, *numbers = original(*args, **kwargs)
+        return per_expert, *(n.long() if isinstance(n, torch.Tensor) else n for n in numbers)
+
+    router.get_tokens_per_expert_and_token_count = whole_tokens
+
+
 MENDS: tuple[Callable[[], None], ...] = (
     dataset_helpers_come_compiled,
     gated_delta_net_takes_other_kernels,
     recomputation_without_transformer_engine,
     optimizer_resumes_fp32_parameters,
     optimizer_resumes_without_fused_adam,
+    fused_aux_loss_takes_padding,
 )
