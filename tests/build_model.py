@@ -27,12 +27,19 @@ def resolve_flags(architecture: Qwen35VLConfig, folder: Path, *flags: str) -> Na
 
 
 def build_model(
-    architecture: Qwen35VLConfig, folder: Path, dtype: torch.dtype, *flags: str, **settings: Any
+    architecture: Qwen35VLConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    *flags: str,
+    pre_process: bool = True,
+    post_process: bool = True,
+    **settings: Any,
 ) -> torch.nn.Module:
-    """The `MultimodalModel` of one rank in `dtype`; needs the fixture `single_rank`.
+    """This rank's `MultimodalModel` in `dtype`; megatron-core's process groups must be there.
 
     Args:
         flags: more of the command line.
+        pre_process, post_process: this is the first, the last pipeline stage.
         settings: attributes of the decoder's TransformerConfig that no flag reaches here.
     """
     from megatron.training.argument_utils import core_transformer_config_from_args
@@ -44,4 +51,5 @@ def build_model(
     config = core_transformer_config_from_args(args)
     for name, value in {"params_dtype": dtype, **settings}.items():
         setattr(config, name, value)
-    return model_provider(MODEL_REGISTRY[args.model_arch], args, config=config)
+    spec = MODEL_REGISTRY[args.model_arch]
+    return model_provider(spec, args, pre_process=pre_process, post_process=post_process, config=config)
