@@ -16,6 +16,7 @@ from megatron.training import get_timers
 from torch import Tensor, nn
 
 from data.batch import Batch, BatchStats
+from models.moe import set_trained_tokens
 from runtime.context_parallel import partition_batch
 from runtime.throughput import Throughput
 
@@ -44,6 +45,8 @@ class ForwardStep:
         batch = next(data_iterator)
         batch = partition_batch(batch, mpu.get_context_parallel_group())
         timers("batch-generator").stop()
+        # The MoE routers of the whole step read it: their auxiliary losses don't depend on the share of trained tokens.
+        set_trained_tokens(batch.stats.mean_trained_tokens)
 
         output = model(
             input_ids=batch.input_ids,

@@ -30,11 +30,14 @@ class BatchStats:
     """What the log needs to know of a micro-batch: numbers of the host, over all ranks that share it.
 
     tokens and padding_tokens add up to the tokens that the model processes; flops are forward and backward.
+    mean_trained_tokens is trained_tokens averaged over the step's micro-batches and data ranks: what the MoE routers'
+    auxiliary losses weigh against.
     """
 
     documents: int
     tokens: int
     trained_tokens: int
+    mean_trained_tokens: float
     padding_tokens: int
     images: int
     patches: int
@@ -148,6 +151,7 @@ def collate(
             documents=len(samples),
             tokens=sum(lengths),
             trained_tokens=int(loss_mask.sum()),
+            mean_trained_tokens=float(loss_mask.sum()),  # of this one alone; the loader knows the step
             padding_tokens=sum(padded) - sum(lengths),
             images=len(grid_thw),
             patches=patches,

@@ -53,7 +53,7 @@ class ConversationDataset:
     def size(self, index: int) -> SampleSize:
         """Tokens and patches of a sample; 0 tokens when it is dropped. Decodes no pixels."""
         encoded = encode(self.conversations[index], self.processor, self.options)
-        return SampleSize(len(encoded.input_ids), sum(encoded.patches), str(encoded.outcome))
+        return SampleSize(len(encoded.input_ids), sum(encoded.patches), sum(encoded.trained[1:]), str(encoded.outcome))
 
     def __getitem__(self, index: int) -> Sample:
         """The sample.

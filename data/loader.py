@@ -11,7 +11,7 @@ import json
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -62,10 +62,19 @@ class MicroBatches(IterableDataset[FlatBatch]):
     order is the same with any number of workers.
     """
 
-    def __init__(self, source: IndexedPacks, collate_packs: CollatePacks, micro_batch_size: int, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        source: IndexedPacks,
+        collate_packs: CollatePacks,
+        ranks: Ranks,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+    ) -> None:
         self._source = source
         self._collate = collate_packs
         self._micro_batch_size = micro_batch_size
+        self._global_batch_size = global_batch_size
         self._data_rank = ranks.data_rank
         self._data_size = ranks.data_size
         self._with_vision = ranks.with_vision
@@ -73,12 +82,25 @@ class MicroBatches(IterableDataset[FlatBatch]):
     def __iter__(self) -> Iterator[FlatBatch]:
         worker = get_worker_info()
         worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        first = self._source.position
         reader = self._source.shard(
             worker_id * self._data_size + self._data_rank, workers * self._data_size, self._micro_batch_size
         )
         while True:
+            mean = self._mean_trained_tokens(reader.position, first)
             batch = self._collate([next(reader) for _ in range(self._micro_batch_size)])
+            batch = replace(batch, stats=replace(batch.stats, mean_trained_tokens=mean))
             yield flatten(batch if self._with_vision else batch.without_vision())
+
+    def _mean_trained_tokens(self, position: int, first: int) -> float:
+        """Of a micro-batch in the step that pack `position` belongs to: the plan knows it before anything is loaded.
+
+        Args:
+            first: position of the first step.
+        """
+        into_step = (position - first) % self._global_batch_size
+        trained = self._source.trained_tokens(position - into_step, self._global_batch_size)
+        return trained * self._micro_batch_size / self._global_batch_size
 
 
 class BatchReader(Iterator[Batch]):
@@ -87,6 +109,7 @@ class BatchReader(Iterator[Batch]):
     Args:
         source: at the position to start from; only its position is used on ranks that don't load.
         micro_batch_size: packs of a micro-batch.
+        global_batch_size: packs of a step, over all ranks.
         workers: processes that load; 0 loads in this one.
 
     Attributes:
@@ -100,6 +123,7 @@ class BatchReader(Iterator[Batch]):
         ranks: Ranks,
         *,
         micro_batch_size: int,
+        global_batch_size: int,
         workers: int,
         device: torch.device,
     ) -> None:
@@ -107,6 +131,7 @@ class BatchReader(Iterator[Batch]):
         self._collate = collate_packs
         self._ranks = ranks
         self._micro_batch_size = micro_batch_size
+        self._global_batch_size = global_batch_size
         self._workers = workers
         self._device = device
         self._evaluation_iterations: int | None = None
@@ -152,7 +177,13 @@ class BatchReader(Iterator[Batch]):
         """
         return iter(
             DataLoader(
-                MicroBatches(self.source, self._collate, self._micro_batch_size, self._ranks),
+                MicroBatches(
+                    self.source,
+                    self._collate,
+                    self._ranks,
+                    micro_batch_size=self._micro_batch_size,
+                    global_batch_size=self._global_batch_size,
+                ),
                 batch_size=None,
                 num_workers=self._workers,
                 multiprocessing_context="fork" if self._workers else None,
@@ -265,25 +296,31 @@ def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin |
         pad_token_id=processor.tokenizer.pad_token_id if processor else 0,
     )
 
-    def split(name: Split, micro_batch_size: int) -> BatchReader:
+    def split(name: Split, micro_batch_size: int, global_batch_size: int) -> BatchReader:
         build = partial(spec.dataset_providers[args.dataset_provider].build, args, name, processor, model_inputs)
         dataset, sizes = _build_dataset(build, args.num_workers)
         source = _pack_source(dataset, sizes, args)
         return BatchReader(
-            source, collate_packs, ranks, micro_batch_size=micro_batch_size, workers=args.num_workers, device=device
+            source,
+            collate_packs,
+            ranks,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            workers=args.num_workers,
+            device=device,
         )
 
     train = valid = test = None
     if not args.skip_train:
-        train = split("train", args.micro_batch_size)
+        train = split("train", args.micro_batch_size, args.global_batch_size)
         _resume(train.source, args)
         # Megatron's hook for this fails on the list of iterators that virtual pipelining makes. Not in the
         # checkpoint's own folder: an mp_rank_* there makes Megatron take an fsdp_dtensor checkpoint for another kind.
         virtual = args.virtual_pipeline_model_parallel_size is not None
         args.dataloader_save = None if virtual or not args.save else str(_state_folder(args.save))
     if args.full_validation or args.eval_iters:
-        valid = split("validation", args.eval_micro_batch_size)
-        test = split("test", args.eval_micro_batch_size)
+        valid = split("validation", args.eval_micro_batch_size, args.eval_global_batch_size)
+        test = split("test", args.eval_micro_batch_size, args.eval_global_batch_size)
         for reader in (valid, test):
             reader.repeat_evaluation(
                 iterations=None if args.full_validation else args.eval_iters, batch_size=args.eval_global_batch_size

@@ -72,7 +72,8 @@ class MockDataset:
         return SAMPLES
 
     def size(self, index: int) -> SampleSize:
-        return SampleSize(self._length, self._patches)
+        first_is_text = int(self._length > self._image_tokens)
+        return SampleSize(self._length, self._patches, self._length - self._image_tokens - first_is_text)
 
     def __getitem__(self, index: int) -> Sample:
         numbers = np.random.default_rng((*self._seed, index))

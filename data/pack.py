@@ -39,11 +39,13 @@ class SampleSize:
 
     tokens: its length; 0 drops it.
     patches: rows of its pixel_values.
+    trained: its labels that are trained: trained tokens but for the first, which nothing predicts.
     remark: counted for the log: "dropped: ..." and why, or what the sample lost to fit.
     """
 
     tokens: int
     patches: int
+    trained: int
     remark: str = ""
 
 
@@ -84,12 +86,13 @@ class PackSource(Protocol):
 class Sizes:
     """Sizes of a split, and what was said about its samples.
 
-    tokens, patches: [N] int32; a dropped sample has 0 tokens.
+    tokens, patches, trained: [N] int32; a dropped sample has 0 tokens.
     dropped, changed: number of samples by remark.
     """
 
     tokens: np.ndarray
     patches: np.ndarray
+    trained: np.ndarray
     dropped: dict[str, int]
     changed: dict[str, int]
 
@@ -115,6 +118,7 @@ def measure(dataset: SampleDataset, *, workers: int = 0) -> Sizes:
     sizes = Sizes(
         tokens=np.array([row.tokens for row in rows], dtype=np.int32),
         patches=np.array([row.patches for row in rows], dtype=np.int32),
+        trained=np.array([row.trained for row in rows], dtype=np.int32),
         dropped=dict(dropped),
         changed=dict(changed),
     )
@@ -153,14 +157,14 @@ def _cache_file(dataset: SampleDataset) -> Path | None:
 def _read_sizes(path: Path) -> Sizes:
     with np.load(path, allow_pickle=False) as file:
         remarks = json.loads(str(file["remarks"]))
-        return Sizes(file["tokens"], file["patches"], remarks["dropped"], remarks["changed"])
+        return Sizes(file["tokens"], file["patches"], file["trained"], remarks["dropped"], remarks["changed"])
 
 
 def _write_sizes(path: Path, sizes: Sizes) -> None:
     remarks = json.dumps({"dropped": sizes.dropped, "changed": sizes.changed})
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
     with os.fdopen(handle, "wb") as file:
-        np.savez(file, tokens=sizes.tokens, patches=sizes.patches, remarks=np.array(remarks))
+        np.savez(file, tokens=sizes.tokens, patches=sizes.patches, trained=sizes.trained, remarks=np.array(remarks))
     os.replace(temporary, path)  # a reader never sees half a file
 
 
@@ -215,6 +219,10 @@ class PackPlan:
         order, ends = self._epoch(epoch)
         place = index - self._starts[epoch]
         return order[ends[place] : ends[place + 1]]
+
+    def trained_tokens(self, index: int) -> int:
+        """Trained labels of pack `index`."""
+        return int(self._sizes.trained[self[index]].sum())
 
     def epoch_packs(self, epoch: int = 0) -> int:
         """Number of packs of an epoch."""
@@ -298,11 +306,12 @@ class IndexedPacks:
         reader._taken = 0
         return reader
 
+    def trained_tokens(self, start: int, count: int) -> int:
+        """Trained labels of `count` packs from position `start` on."""
+        return sum(self._plan.trained_tokens(self._wrap(index)) for index in range(start, start + count))
+
     def __next__(self) -> Pack:
-        index = self.position + self._taken
-        if self.period is not None:
-            index %= self.period
-        pack = [self._load(int(sample)) for sample in self._plan[index]]
+        pack = [self._load(int(sample)) for sample in self._plan[self._wrap(self.position + self._taken)]]
         self._taken += 1
         if self._taken == self._block:
             self.position += self._stride
@@ -332,6 +341,9 @@ class IndexedPacks:
                 f"the data's order has changed since the checkpoint: it was {state['order']}, and is {self._order}"
             )
         self.position = state["position"]
+
+    def _wrap(self, index: int) -> int:
+        return index if self.period is None else index % self.period
 
     def _load(self, index: int) -> Sample:
         try:

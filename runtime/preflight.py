@@ -27,6 +27,7 @@ UNSUPPORTED = {
     "--multi-latent-attention": "attention is grouped-query",
     "--hybrid-context-parallel": "use --context-parallel-size",
     "--use-torch-fsdp2": "use --use-megatron-fsdp",
+    "--rampup-batch-size": "a step's packs are planned at one --global-batch-size",
     "--data-path": "data comes from --dataset-provider",
     "--mock-data": "use --dataset-provider mock",
 }

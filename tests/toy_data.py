@@ -68,7 +68,9 @@ class ToyDataset:
 
     def size(self, index: int) -> SampleSize:
         self.measured += 1
-        return SampleSize(self.lengths[index], self.patches[index])
+        image = self.patches[index] // ToyInputs.merge_size**2
+        trained = self.lengths[index] - max(image, 1)  # nothing predicts the first token
+        return SampleSize(self.lengths[index], self.patches[index], trained)
 
     def __getitem__(self, index: int) -> Sample:
         patches = self.patches[index]

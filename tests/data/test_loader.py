@@ -38,6 +38,7 @@ def reader(
     data_size: int = 1,
     *,
     micro_batch_size: int = 1,
+    global_batch_size: int = 4,
     workers: int = 0,
     position: int = 0,
     dataset: ToyDataset | None = None,
@@ -58,7 +59,15 @@ def reader(
         pad_token_id=PAD,
     )
     ranks = Ranks(data_rank, data_size, group, group, with_vision=with_vision)
-    return BatchReader(source, collate_packs, ranks, micro_batch_size=micro_batch_size, workers=workers, device=CPU)
+    return BatchReader(
+        source,
+        collate_packs,
+        ranks,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        workers=workers,
+        device=CPU,
+    )
 
 
 def rows(batches: BatchReader | list[Batch], count: int | None = None) -> list[list[int]]:
@@ -179,6 +188,7 @@ def arguments(**changes: object) -> Namespace:
             "num_workers": 0,
             "micro_batch_size": 2,
             "eval_micro_batch_size": 1,
+            "global_batch_size": 2,
             "eval_global_batch_size": 3,
             "eval_iters": 2,
             "full_validation": False,
@@ -208,9 +218,9 @@ def provide(single_rank: None) -> Callable[..., tuple]:
 def test_provider_resumes_from_the_counters(provide: Callable[..., tuple]) -> None:
     train, valid, _ = provide()
     straight, evaluations = rows(train, 10), rows(valid, 18)
-    train, valid, _ = provide(consumed_train_samples=8, consumed_valid_samples=6)
+    train, valid, _ = provide(consumed_train_samples=8, consumed_valid_samples=3)
     assert rows(train, 6) == straight[4:]
-    assert rows(valid, 12) == evaluations[6:]
+    assert rows(valid, 12) == evaluations[3:15]
 
 
 def test_every_evaluation_reads_the_same_packs(provide: Callable[..., tuple]) -> None:
@@ -306,3 +316,17 @@ def test_two_ranks_get_the_same_batches_in_two_collectives_each(tmp_path: Path) 
             assert torch.equal(batch.position_ids, expected.position_ids)
             assert torch.equal(batch.vision["pixel_values"], expected.vision["pixel_values"])
             assert batch.vision["max_seqlen"] == expected.vision["max_seqlen"]
+
+
+@pytest.mark.parametrize(("data_size", "workers"), [(1, 0), (1, 2), (2, 0), (2, 1)])
+def test_every_micro_batch_knows_the_mean_trained_tokens_of_its_step(data_size: int, workers: int):
+    """Four packs a step, read from the middle of an epoch: the mean is of the step's micro-batches on all ranks."""
+    batches = [
+        [next(loaded).stats for _ in range(8 // data_size)]
+        for loaded in (reader(rank, data_size, position=3, workers=workers) for rank in range(data_size))
+    ]
+    per_step = 4 // data_size
+    for step in range(2):
+        stats = [s for of_rank in batches for s in of_rank[step * per_step : (step + 1) * per_step]]
+        assert len({s.trained_tokens for s in stats}) > 1
+        assert {s.mean_trained_tokens for s in stats} == {sum(s.trained_tokens for s in stats) / 4}

@@ -83,8 +83,8 @@ def test_a_sample_that_fills_the_budget_exactly_is_kept() -> None:
 class Remarking(ToyDataset):
     def size(self, index: int) -> SampleSize:
         if index == 3:
-            return SampleSize(0, 0, "dropped: no answer")
-        return SampleSize(self.lengths[index], 0, "turns cut" if index in (1, 2) else "")
+            return SampleSize(0, 0, 0, "dropped: no answer")
+        return SampleSize(self.lengths[index], 0, 0, "turns cut" if index in (1, 2) else "")
 
 
 def test_dropped_and_changed_samples_are_counted_by_reason() -> None:
@@ -190,7 +190,7 @@ def test_a_period_repeats_the_same_packs() -> None:
 
 def test_a_sample_that_cannot_be_loaded_is_named() -> None:
     dataset = Broken([10])
-    plan = PackPlan(Sizes(np.array([10]), np.array([0]), {}, {}), seed=0, token_budget=10, packed=True)
+    plan = PackPlan(Sizes(np.array([10]), np.array([0]), np.array([0]), {}, {}), seed=0, token_budget=10, packed=True)
     with pytest.raises(OSError) as error:
         next(IndexedPacks(dataset, plan, order=""))
     assert error.value.__notes__ == ["while loading sample 0 of toy/train"]

@@ -1,0 +1,163 @@
+"""Does the model look at the images? Trains `tiny` on receipts and swaps the images of held-out ones.
+
+    python scripts/check_images.py [--seeds 3] [--train-iters N] [--output-dir DIR]
+
+For each seed: train through scripts/run_qwen35_vl.sh, then measure the loss on the tokens of the answers' values (not
+the JSON keys) of the held-out receipts, once with the right images and once with the images moved among the receipts.
+Exits with 1 when, for any seed, the wrong images don't raise the loss by at least 10%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from random import Random
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST_RISE = 0.10
+SAMPLES_PER_BATCH = 16
+SEQ_LEN = 1024
+
+
+def train(seed: int, iterations: int, folder: Path) -> float:
+    """Train one seed into `folder`; returns the seconds it took, start included."""
+    environment = {**os.environ, "MODEL_VARIANT": "tiny", "DATASET_PROVIDER": "receipts", "OUTPUT_DIR": str(folder)}
+    environment |= {"TRAIN_ITERS": str(iterations), "SEQ_LEN": str(SEQ_LEN), "SAVE_INTERVAL": str(iterations)}
+    begin = time.monotonic()
+    command = ["bash", str(ROOT / "scripts/run_qwen35_vl.sh"), "--seed", str(seed), "--eval-iters", "0"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        sys.exit(f"{run.stdout}{run.stderr}\ntraining with seed {seed} failed")
+    return time.monotonic() - begin
+
+
+def evaluate(checkpoint: Path) -> None:
+    """Print {"receipts", "right", "wrong"}: mean losses on value tokens of the held-out receipts, as JSON."""
+    import torch
+
+    import arguments
+    from models import MODEL_REGISTRY
+
+    flags = ["--model-variant", "tiny", "--dataset-provider", "receipts", "--load", str(checkpoint), "--finetune"]
+    flags += ["--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint", "--use-packed-sequence"]
+    flags += ["--micro-batch-size", "1", "--seq-length", str(SEQ_LEN), "--train-iters", "1", "--lr", "0"]
+    args = arguments.parse(flags)
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import get_model
+
+    from pretrain_multimodal import model_provider
+
+    store = torch.distributed.HashStore()
+    initialize_megatron(allow_no_cuda=True, store=store)
+    spec = MODEL_REGISTRY[args.model_arch]
+    model = get_model(partial(model_provider, spec, args), wrap_with_ddp=False)
+    load_checkpoint(model, None, None)
+    model = model[0].eval()
+    test = spec.dataset_providers["receipts"]
+    processor = test.processor(args)
+    inputs = spec.model_inputs(args)
+    dataset = test.build(args, "test", processor, inputs)
+    losses = {
+        name: value_loss(model, held_out(dataset, moved), inputs, processor.tokenizer.pad_token_id, args.params_dtype)
+        for name, moved in (("right", False), ("wrong", True))
+    }
+    print(json.dumps({"receipts": len(dataset), **losses}))
+
+
+def held_out(dataset, moved: bool) -> Iterator:
+    """The dataset's samples with only their values trained; `moved` gives each the image of another receipt."""
+    from data.sample import Outcome, build_sample, value_mask
+
+    count = len(dataset)
+    order = Random(0).sample(range(count), count)
+    donor = {index: order[(place + 1) % count] for place, index in enumerate(order)}
+    for index in range(count):
+        conversation = dataset.conversations[index]
+        if moved:
+            question, answer = conversation.messages
+            text = question["content"][1:]
+            image = dataset.conversations[donor[index]].messages[0]["content"][:1]
+            conversation = replace(conversation, messages=[{**question, "content": image + text}, answer])
+        sample, outcome = build_sample(conversation, dataset.processor, dataset.options)
+        if outcome is not Outcome.WHOLE:
+            raise ValueError(f"{conversation.id}: {outcome}; raise SEQ_LEN")
+        yield replace(sample, trained=value_mask(sample, conversation, dataset.processor))
+
+
+def value_loss(model, samples: Iterator, inputs, pad_token_id: int, dtype) -> float:
+    """Mean loss over all trained tokens."""
+    import itertools
+
+    import torch
+
+    from data.batch import collate
+    from forward_step import packed_seq_params
+
+    total, count = 0.0, 0.0
+    for packed in itertools.batched(samples, SAMPLES_PER_BATCH):
+        batch = collate(
+            [list(packed)],
+            inputs,
+            alignment=1,
+            packed=True,
+            seq_len=SEQ_LEN,
+            dtype=dtype,
+            pad_token_id=pad_token_id,
+        )
+        with torch.no_grad():
+            losses = model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                vision_index=batch.vision_index,
+                vision=batch.vision,
+                labels=batch.labels,
+                loss_mask=batch.loss_mask,
+                padding_mask=batch.padding_mask,
+                packed_seq_params=packed_seq_params(batch),
+            )
+        total += (losses.double() * batch.loss_mask).sum().item()
+        count += batch.loss_mask.sum().item()
+    return total / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--train-iters", type=int, default=400)
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "outputs/check_images")
+    parser.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="only measure a checkpoint of tiny's")
+    options = parser.parse_args()
+    if options.evaluate:
+        return evaluate(options.evaluate)
+
+    print(f"{'seed':>4}  {'receipts':>8}  {'right images':>12}  {'wrong images':>12}  {'rise':>6}  {'minutes':>7}")
+    rises = []
+    for seed in range(1, options.seeds + 1):
+        folder = options.output_dir / f"seed{seed}"
+        seconds = train(seed, options.train_iters, folder)
+        command = [sys.executable, __file__, "--evaluate", str(folder / "checkpoints")]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            sys.exit(f"{run.stdout}{run.stderr}\nevaluating seed {seed} failed")
+        found = json.loads(run.stdout.splitlines()[-1])
+        rises.append(found["wrong"] / found["right"] - 1)
+        print(
+            f"{seed:4}  {found['receipts']:8}  {found['right']:12.3f}  {found['wrong']:12.3f}  {rises[-1]:6.1%}  "
+            f"{seconds / 60:7.1f}",
+            flush=True,
+        )
+    if min(rises) < LEAST_RISE:
+        sys.exit(f"the loss rises by {min(rises):.1%} with the wrong images; {LEAST_RISE:.0%} is expected")
+
+
+if __name__ == "__main__":
+    main()
