@@ -106,3 +106,28 @@ def test_checkpoint_names_are_those_of_transformer_engine() -> None:
     norms |= {f"{mtp}.self_attention.linear_qkv.layer_norm_weight", f"{mtp}.mlp.linear_fc1.layer_norm_weight"}
     assert {key for key in keys if "layer_norm_" in key} == norms
     assert not {key for key in keys if "input_layernorm" in key or "pre_mlp_layernorm" in key}
+
+
+def test_a_last_stage_with_mtp_holds_a_tied_weight_once() -> None:
+    """Its embedding's: megatron-core's checkpointing asserts that the output layer has none then."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from models.backends import get_backend
+    from models.qwen35_vl.gpt import Qwen35GPTModel
+    from models.qwen35_vl.specs import mtp_block_spec
+
+    config = decoder_config(VARIANTS["tiny"])
+    stage = Qwen35GPTModel(
+        config=config,
+        transformer_layer_spec=spec_of(config),
+        mtp_block_spec=mtp_block_spec(config, get_backend("local")),
+        vocab_size=64,
+        max_sequence_length=64,
+        pre_process=False,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="mrope",
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    large = [name for name, parameter in stage.named_parameters() if parameter.size(0) == 64]
+    assert large == ["embedding.word_embeddings.weight"]
+    assert "output_layer.weight" not in stage.sharded_state_dict()
