@@ -39,8 +39,8 @@ class Qwen35GPTModel(GPTModel):
         if self.position_embedding_type != "mrope":
             raise ValueError(f"position embedding {self.position_embedding_type}: this decoder is built with mrope")
         if self.post_process and self.mtp_process and self.share_embeddings_and_output_weights:
-            # On a last stage that isn't the first, megatron-core allocates a weight here that nothing uses (the tied one
-            # is the embedding's, which MTP needs on this stage) and that its checkpointing asserts to be absent.
+            # On a last stage that isn't the first megatron-core allocates a weight that nothing uses (the tied one is
+            # the embedding's, which MTP needs here anyway) and that its checkpointing asserts to be absent.
             self.output_layer.weight = None
         self.rotary_pos_emb = InterleavedMRoPE(self.config.kv_channels, self.rotary_percent, self.rotary_base)
 
