@@ -9,6 +9,7 @@ that writes what Qwen3.5's writes, and its image processor. Two layouts say wher
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from data.receipt_values import corpus
 from data.sample import TURN_END, TURN_START
+
+# Samples are tokenised in forked loader workers, where the tokenizer's own threads would only warn.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD = "<|endoftext|>"
 REASONING = ("<think>", "</think>")  # added, but not special: decoding keeps them
