@@ -33,10 +33,22 @@ def _flags_from_hf(folder: Path) -> list[str]:
 def _check_kernels(args: Namespace) -> None:
     import torch
 
-    from models.qwen35_vl.gdn_kernels import check_fla_gradients
+    from models.qwen35_vl.gdn_kernels import GDNSizes, check_fla_gradients
 
-    if torch.cuda.is_available():
-        check_fla_gradients()
+    if not torch.cuda.is_available():
+        return
+    config = Qwen35VLConfig.from_args(args)
+    ranks = args.tensor_model_parallel_size * args.context_parallel_size
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    check_fla_gradients(
+        GDNSizes(
+            heads=config.linear_num_value_heads // ranks,
+            key_dim=config.linear_key_head_dim,
+            value_dim=config.linear_value_head_dim,
+            channels=(2 * keys + values) // ranks,
+        )
+    )
 
 
 def _hf_config(args: Namespace) -> dict[str, Any]:

@@ -197,12 +197,23 @@ def _fla_kernels() -> GDNKernels | None:
     return GDNKernels(conv, rule)
 
 
+@dataclass(frozen=True)
+class GDNSizes:
+    """What one rank's kernels work on."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    channels: int  # of the convolution
+
+
 @functools.cache
-def check_fla_gradients() -> None:
+def check_fla_gradients(sizes: GDNSizes) -> None:
     """Compare flash-linear-attention's outputs and gradients on this GPU with torch's, on documents of a few lengths.
 
     Some versions of Triton compile its backward of the gated rule wrongly on Hopper, without any error.
-    Takes a second after its kernels are compiled and tuned, which takes a minute or two once per machine.
+    At the model's own sizes, since Triton compiles and tunes for them: two minutes the first time on a machine, which
+    the first step would take otherwise, and a second from then on.
 
     Raises:
         RuntimeError: a tensor differs by more than bfloat16's rounding explains; the message names it.
@@ -211,7 +222,7 @@ def check_fla_gradients() -> None:
     if kernels is None:
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    wrong = {name: error for name, error in kernel_errors(kernels, device).items() if not error < FLA_TOLERANCE}
+    wrong = {name: error for name, error in kernel_errors(kernels, sizes, device).items() if not error < FLA_TOLERANCE}
     if wrong:
         import fla
         import triton
@@ -228,26 +239,31 @@ def check_fla_gradients() -> None:
 FLA_TOLERANCE = 0.03
 
 
-def kernel_errors(kernels: GDNKernels, device: torch.device) -> dict[str, float]:
+def kernel_errors(kernels: GDNKernels, sizes: GDNSizes, device: torch.device) -> dict[str, float]:
     """Relative errors of bfloat16 outputs and gradients against torch's in float64, by name; NaN where they are NaN."""
     cu_seqlens = torch.tensor([0, 1, 131, 134, 264, 320], dtype=torch.int32, device=device)
-    inputs = _check_inputs(device, length=320, heads=4, head_dim=128)
+    inputs = _check_inputs(device, sizes, length=320)
     expected = _outputs_and_gradients(TORCH_KERNELS, [x.double() for x in inputs], cu_seqlens)
     actual = _outputs_and_gradients(kernels, inputs, cu_seqlens)
     return {name: ((actual[name].double() - x).norm() / x.norm()).item() for name, x in expected.items()}
 
 
-def _check_inputs(device: torch.device, *, length: int, heads: int, head_dim: int) -> list[Tensor]:
+def _check_inputs(device: torch.device, sizes: GDNSizes, length: int) -> list[Tensor]:
     """x of the convolution, its weight, and q, k, v, g, beta of the rule; bfloat16 but for g."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    channels = heads * head_dim
-    wide = [normal(1, length, heads, head_dim) for _ in range(3)]
-    rates = [normal(1, length, heads) for _ in range(2)]
-    inputs = [normal(1, length, channels), normal(channels, 4), *wide, -F.softplus(rates[0]), rates[1].sigmoid()]
+    wide = [normal(1, length, sizes.heads, dim) for dim in (sizes.key_dim, sizes.key_dim, sizes.value_dim)]
+    rates = [normal(1, length, sizes.heads) for _ in range(2)]
+    inputs = [
+        normal(1, length, sizes.channels),
+        normal(sizes.channels, 4),
+        *wide,
+        -F.softplus(rates[0]),
+        rates[1].sigmoid(),
+    ]
     return [x if index == 5 else x.bfloat16() for index, x in enumerate(inputs)]
 
 
@@ -255,11 +271,14 @@ def _outputs_and_gradients(kernels: GDNKernels, inputs: list[Tensor], cu_seqlens
     leaves = [x.detach().requires_grad_() for x in inputs]
     conv = kernels.causal_conv(leaves[0], leaves[1], cu_seqlens)
     rule = kernels.gated_delta_rule(*leaves[2:], cu_seqlens)
-    weights = torch.linspace(-1, 1, conv.numel(), device=conv.device)
-    ((conv.flatten() * weights).sum() + (rule.flatten() * weights.roll(7)).sum()).backward()
+    (_weighted_sum(conv) + _weighted_sum(rule)).backward()
     names = ("x", "weight", "q", "k", "v", "g", "beta")
     return {
         "convolution": conv.detach(),
         "rule": rule.detach(),
         **{f"gradient of {name}": leaf.grad for name, leaf in zip(names, leaves, strict=True)},
     }
+
+
+def _weighted_sum(x: Tensor) -> Tensor:
+    return (x.flatten() * torch.linspace(-1, 1, x.numel(), device=x.device)).sum()

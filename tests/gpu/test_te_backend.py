@@ -71,9 +71,6 @@ def run(architecture: Qwen35VLConfig, folder: Path, impl: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_transformer_engine_equals_torch(name: str, tmp_path: Path) -> None:
-    from models.qwen35_vl.gdn_kernels import check_fla_gradients
-
-    check_fla_gradients()
     architecture = ARCHITECTURES[name]
     with float64():
         weights, exact, exact_gradients = run(architecture, tmp_path, "local", torch.float64, None)

@@ -133,14 +133,17 @@ def test_nothing_waits_for_the_device() -> None:
     assert gated_delta_rule(*rule, cu_seqlens).shape == rule[2].shape
 
 
+CHECK_SIZES = gdn_kernels.GDNSizes(heads=4, key_dim=32, value_dim=64, channels=96)
+
+
 def test_kernel_check_names_a_wrong_gradient() -> None:
     def wrong_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return gated_delta_rule(q, k, v, 2 * g - g.detach(), beta, cu_seqlens)
 
     device = torch.device("cpu")
-    right = gdn_kernels.kernel_errors(gdn_kernels.TORCH_KERNELS, device)
+    right = gdn_kernels.kernel_errors(gdn_kernels.TORCH_KERNELS, CHECK_SIZES, device)
     assert max(right.values()) < gdn_kernels.FLA_TOLERANCE
-    wrong = gdn_kernels.kernel_errors(GDNKernels(causal_conv, wrong_rule), device)
+    wrong = gdn_kernels.kernel_errors(GDNKernels(causal_conv, wrong_rule), CHECK_SIZES, device)
     assert {name for name, error in wrong.items() if error > gdn_kernels.FLA_TOLERANCE} == {"gradient of g"}
 
 
@@ -148,4 +151,4 @@ def test_kernel_check_names_a_wrong_gradient() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_flash_linear_attention_on_this_gpu() -> None:
     pytest.importorskip("fla", reason="flash-linear-attention isn't installed")
-    gdn_kernels.check_fla_gradients()
+    gdn_kernels.check_fla_gradients(gdn_kernels.GDNSizes(heads=4, key_dim=128, value_dim=128, channels=512))
