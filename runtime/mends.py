@@ -106,8 +106,8 @@ def optimizer_resumes_without_fused_adam() -> None:
 
     Loading starts from `state_dict()`, which asserts that all parameters are at one step; before the first step torch's
     Adam has no state, so nothing can be loaded. Past that, all parameters get one and the same step tensor, which each
-    parameter's update then increments: with N parameters, Adam's bias correction runs N times too fast. At last, the step is
-    is overwritten with what it was before loading (dp_reshardable format), or its absence is a KeyError (the others).
+    parameter's update then increments: with N parameters, Adam's bias correction runs N times too fast. At last the
+    step is overwritten with what it was before loading (dp_reshardable format), or missing, a KeyError (the others).
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -148,8 +148,8 @@ def _own_steps(optimizer: torch.optim.Optimizer, step: float | None = None) -> N
 def fused_aux_loss_takes_padding() -> None:
     """0.19.2, core/transformer/moe/moe_utils.py:277: with a padding mask the number of tokens is a float.
 
-    Transformer Engine's fused auxiliary loss (`--moe-router-fusion`) takes int64 alone and raises. The number comes from
-    a function of the module, which the router calls by name in the middle of its own.
+    Transformer Engine's fused auxiliary loss (`--moe-router-fusion`) takes int64 alone and raises. The number comes
+    from a function of the module, which the router calls by name in the middle of its own.
     """
     from megatron.core.transformer.moe import router
 

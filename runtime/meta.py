@@ -33,10 +33,9 @@ class _NamedDevices(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        # Methods as TensorBase has them, whatever runtime.cpu put in front of them.
-        if func in (torch._C.TensorBase.cuda, torch._C.TensorBase.cpu):
+        if func in (torch.Tensor.cuda, torch.Tensor.cpu):
             return args[0].to("meta")
-        if func is torch._C.TensorBase.to:
+        if func is torch.Tensor.to:
             args = tuple("meta" if _is_device(arg) else arg for arg in args)
         if kwargs.get("device") is not None:
             kwargs["device"] = "meta"
