@@ -32,6 +32,8 @@ ALWAYS = (
     "--calculate-per-token-loss",
     "--no-rope-fusion",  # the model rotates by itself (interleaved MRoPE)
     "--no-one-logger",
+    # Its default keeps all of a step's micro-batches on the device, pixels included, to run a suspect step again.
+    *("--rerun-mode", "disabled"),
 )
 # Accepted so that existing command lines run; the value is what does their job now.
 RETIRED = {

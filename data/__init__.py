@@ -11,7 +11,7 @@ A dataset of yours is conversations by index, a function that wraps them, and on
 
     def build_captions(args, split, processor, model_inputs):
         return ConversationDataset(
-            Captions(args.dataset_path, split), processor, sample_options(args), name=f"captions/{split}",
+            Captions(args.dataset_path, split), processor, SampleOptions.of(args), name=f"captions/{split}",
             source="captions v1", cache_dir=None,       # source: changes with the data
         )
 

@@ -36,20 +36,10 @@ def build(args: Namespace, split: Split, processor: ProcessorMixin, model_inputs
     return ConversationDataset(
         conversations,
         processor,
-        sample_options(args),
+        SampleOptions.of(args),
         name=f"cord_v2/{split}",
         source=conversations.fingerprint,
         cache_dir=None,  # a few hundred rows, in a folder that isn't ours
-    )
-
-
-def sample_options(args: Namespace) -> SampleOptions:
-    return SampleOptions(
-        seq_len=args.seq_length,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        dtype=args.params_dtype,
-        strict_special_mask=args.strict_special_mask,
     )
 
 

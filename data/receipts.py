@@ -29,10 +29,11 @@ from filelock import FileLock
 
 from data import Split, receipt_drawing, receipt_values
 from data.conversation import Conversation
-from data.cord_v2 import image_of, sample_options
+from data.cord_v2 import image_of
 from data.dataset import ConversationDataset
 from data.receipt_drawing import draw
 from data.receipt_values import ask, draw_receipt
+from data.sample import SampleOptions
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -54,7 +55,7 @@ def build(args: Namespace, split: Split, processor: ProcessorMixin, model_inputs
     return ConversationDataset(
         conversations,
         processor,
-        sample_options(args),
+        SampleOptions.of(args),
         name=f"receipts/{split}",
         source=conversations.fingerprint,
         cache_dir=folder,

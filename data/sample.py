@@ -12,6 +12,7 @@ Shape letters: L tokens of the sample, P patches, I images, D values of a patch 
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,17 @@ class SampleOptions:
     max_pixels: int | None = None
     dtype: torch.dtype = torch.float32
     strict_special_mask: bool = False
+
+    @classmethod
+    def of(cls, args: Namespace) -> SampleOptions:
+        """The command line's."""
+        return cls(
+            seq_len=args.seq_length,
+            min_pixels=args.min_pixels,
+            max_pixels=args.max_pixels,
+            dtype=args.params_dtype,
+            strict_special_mask=args.strict_special_mask,
+        )
 
 
 class Outcome(StrEnum):

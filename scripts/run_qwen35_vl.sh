@@ -46,10 +46,10 @@ esac
 DATASET_PROVIDER=${DATASET_PROVIDER:-receipts}
 if ((gpus > 0)); then
     MODEL_VARIANT=${MODEL_VARIANT:-proxy} MBS=${MBS:-2} SEQ_LEN=${SEQ_LEN:-4096} TRAIN_ITERS=${TRAIN_ITERS:-500}
-    least_gbs=16 eval_interval=500 precision=(--bf16)
+    least_gbs=16 eval_interval=500 eval_iters=10 precision=(--bf16)
 else
     MODEL_VARIANT=${MODEL_VARIANT:-tiny} MBS=${MBS:-4} SEQ_LEN=${SEQ_LEN:-1024} TRAIN_ITERS=${TRAIN_ITERS:-200}
-    least_gbs=4 eval_interval=50 precision=()
+    least_gbs=4 eval_interval=10 eval_iters=2 precision=()
 fi
 counts MBS SEQ_LEN TRAIN_ITERS
 data_ranks=$((world / (TP * PP * CP)))
@@ -87,7 +87,7 @@ flags=(
     --lr "$lr" --min-lr "$min_lr" --lr-decay-style cosine --lr-warmup-iters $((TRAIN_ITERS / 20))
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 "${precision[@]}"
     --manual-gc --manual-gc-interval 50
-    --eval-interval "$eval_interval" --eval-iters 10 --log-interval 1
+    --eval-interval "$eval_interval" --eval-iters "$eval_iters" --log-interval 1 --logging-level 30
     --save "$OUTPUT_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
     --tensorboard-dir "${TENSORBOARD_LOGS_PATH:-$OUTPUT_DIR/tensorboard}"
     --log-timers-to-tensorboard --log-params-norm
