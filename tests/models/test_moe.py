@@ -129,6 +129,28 @@ def test_loss_mask_leaves_auxiliary_gradients_alone() -> None:
     assert max(errors.values()) < TOLERANCE, errors
 
 
+def test_padding_leaves_every_gradient_alone() -> None:
+    """Documents with and without padding behind them; to MTP's router a token without a next one is padding too."""
+    from models.moe import set_trained_tokens
+
+    documents = document_inputs([20, 8], TINY_MOE.vocab_size)
+    for document in documents:
+        document["padding_mask"] = torch.zeros_like(document["input_ids"], dtype=torch.bool)
+    padded = [{name: nn.functional.pad(value, (0, 4)) for name, value in document.items()} for document in documents]
+    for document in padded:
+        document["padding_mask"][:, -4:] = True
+    set_trained_tokens(5.0)
+    gradients = []
+    for inputs in (pack(documents), pack(padded)):
+        with float64():
+            model = build_decoder(TINY_MOE, moe_aux_loss_coeff=COEFFICIENT).double()
+            roughen(model)
+            (model(attention_mask=None, **inputs) * inputs["loss_mask"]).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    errors = {name: relative_error(gradients[1][name], gradient) for name, gradient in gradients[0].items()}
+    assert max(errors.values()) < TOLERANCE, errors
+
+
 def test_training_without_the_count_is_refused() -> None:
     router = make_router()
     with pytest.raises(RuntimeError, match="set_trained_tokens"):

@@ -83,6 +83,15 @@ def test_dense_and_sparse_layers() -> None:
     assert sparse.decoder.layers[0].mlp.shared_experts.use_shared_expert_gate
 
 
+def test_every_norm_but_the_gated_one_is_zero_centred() -> None:
+    from models.backends.torch import TorchRMSNorm
+
+    norms = {name: m for name, m in build_decoder(VARIANTS["tiny"]).named_modules() if isinstance(m, TorchRMSNorm)}
+    plain = {name for name, norm in norms.items() if not norm.zero_centered_gamma}
+    assert plain == {f"decoder.layers.{layer}.self_attention.out_norm" for layer in range(3)}
+    assert len(norms) == 3 + 2 * 4 + 2 + 1 + (3 + 2 + 2)  # gated; layers; query and key; final; MTP's
+
+
 def test_mtp_layers() -> None:
     from models.backends import get_backend
     from models.qwen35_vl.specs import mtp_block_spec
