@@ -38,12 +38,16 @@ class _Norm(nn.Module):
         self.zero_centered_gamma = (
             config.layernorm_zero_centered_gamma if zero_centered_gamma is None else zero_centered_gamma
         )
+        self.sequence_parallel = config.sequence_parallel
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
 
     def reset_parameters(self) -> None:
-        """Set the weight so that the norm starts as the identity on normalised input."""
+        """Set the weight so that the norm starts as the identity on normalised input.
+
+        Marks the parameters too: built on the meta device, they are other objects when they get their memory.
+        """
         nn.init.constant_(self.weight, 0.0 if self.zero_centered_gamma else 1.0)
+        self.weight.sequence_parallel = self.sequence_parallel
 
     def gamma(self, dtype: torch.dtype) -> Tensor:
         """The multiplier, [hidden_size] in `dtype`."""
@@ -83,12 +87,12 @@ class TorchLayerNorm(_Norm):
     ) -> None:
         super().__init__(config, hidden_size, eps, zero_centered_gamma)
         self.bias = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
-        self.bias.sequence_parallel = config.sequence_parallel
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.zeros_(self.bias)
+        self.bias.sequence_parallel = self.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same, in the weight's dtype."""

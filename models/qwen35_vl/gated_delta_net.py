@@ -39,9 +39,14 @@ class Qwen35GatedDeltaNet(GatedDeltaNet):
         self.gated_delta_rule = TORCH_KERNELS.gated_delta_rule
 
     def reset_parameters(self) -> None:
-        """Initialise A_log = log U(A_init_range) and dt_bias = 1 in float32; the convolution as nn.Conv1d does."""
+        """Initialise A_log = log U(A_init_range) and dt_bias = 1 in float32; the convolution as nn.Conv1d does.
+
+        Marks both as sharded too: built on the meta device, they are other objects when they get their memory.
+        """
         for parameter in (self.A_log, self.dt_bias):
             parameter.data = parameter.data.to(torch.float32)
+            parameter.tensor_model_parallel = True
+            parameter.partition_dim = 0
         if not self.config.perform_initialization:
             return
         with get_cuda_rng_tracker().fork(), torch.no_grad():

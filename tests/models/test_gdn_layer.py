@@ -37,6 +37,24 @@ def test_initial_values() -> None:
     assert (layer.A_log != layer.A_log.bfloat16()).any(), "drawn in bfloat16"
 
 
+def test_memory_after_the_meta_device() -> None:
+    """What Megatron-FSDP does with a model that was built without memory: module by module, then reset_parameters."""
+    from runtime.meta import meta_device
+
+    with meta_device():
+        decoder = build_decoder(TINY, torch.bfloat16)
+    layer = decoder.decoder.layers[0].self_attention
+    for module in (layer, layer.out_norm, decoder.decoder.final_layernorm):
+        assert all(parameter.is_meta for parameter in module.parameters(recurse=False))
+        module.to_empty(device="cpu", recurse=False)
+        module.reset_parameters()
+    assert layer.A_log.dtype == torch.float32 and ((layer.A_log >= 0) & (layer.A_log < 2.8)).all()
+    assert layer.A_log.tensor_model_parallel and layer.dt_bias.partition_dim == 0
+    assert torch.equal(layer.out_norm.weight, torch.ones(16).bfloat16())
+    assert torch.equal(decoder.decoder.final_layernorm.weight, torch.zeros(128).bfloat16())
+    assert decoder.decoder.final_layernorm.weight.sequence_parallel is False
+
+
 def test_casts_below_float32_leave_them_alone() -> None:
     model = build_decoder(TINY, torch.float32)
     before = {name: p.detach().clone() for name, p in wide_parameters(model).items()}
