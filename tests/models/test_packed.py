@@ -124,3 +124,19 @@ def test_attention_stays_inside_documents(decoder: nn.Module) -> None:
     outputs = [attention(hidden, None, packed_seq_params=inputs["packed_seq_params"])[0] for inputs in (packed, one)]
     assert relative_error(outputs[1][:20], outputs[0][:20]) < TOLERANCE
     assert relative_error(outputs[1][20:], outputs[0][20:]) > 1e-2
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Forward and backward, MTP's too, on meta tensors, which have no values: reading one on the host raises."""
+    from runtime.meta import meta_device
+
+    packed = pack(document_inputs(LENGTHS, vocab_size=1024))
+    params = packed["packed_seq_params"]
+    for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
+        setattr(params, name, getattr(params, name).to("meta"))
+    inputs = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in packed.items()}
+    with meta_device():
+        model = build_decoder(VARIANTS["tiny"])
+        losses = model(attention_mask=None, **inputs)
+        (losses * inputs["loss_mask"]).sum().backward()
+    assert losses.shape == (1, sum(LENGTHS))
