@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -48,16 +49,7 @@ class ForwardStep:
         # The MoE routers of the whole step read it: their auxiliary losses don't depend on the share of trained tokens.
         set_trained_tokens(batch.stats.mean_trained_tokens)
 
-        output = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            vision_index=batch.vision_index,
-            vision=batch.vision,
-            labels=batch.labels,
-            loss_mask=batch.loss_mask,
-            padding_mask=batch.padding_mask,
-            packed_seq_params=packed_seq_params(batch),
-        )
+        output = model(**model_inputs(batch))
         report = self._rates(batch.stats, training=model.training) if stage.post_process else {}
         return output, partial(masked_loss, loss_mask=batch.loss_mask, rates=report)
 
@@ -75,6 +67,20 @@ class ForwardStep:
             return self._throughput.lap(stats)
         self._throughput.pause()
         return {}
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """The arguments of `MultimodalModel.forward`."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "vision_index": batch.vision_index,
+        "vision": batch.vision,
+        "labels": batch.labels,
+        "loss_mask": batch.loss_mask,
+        "padding_mask": batch.padding_mask,
+        "packed_seq_params": packed_seq_params(batch),
+    }
 
 
 def packed_seq_params(batch: Batch) -> PackedSeqParams | None:

@@ -100,7 +100,7 @@ def value_loss(model, samples: Iterator, inputs, pad_token_id: int, dtype) -> fl
     import torch
 
     from data.batch import collate
-    from forward_step import packed_seq_params
+    from forward_step import model_inputs
 
     total, count = 0.0, 0.0
     for packed in itertools.batched(samples, SAMPLES_PER_BATCH):
@@ -114,16 +114,7 @@ def value_loss(model, samples: Iterator, inputs, pad_token_id: int, dtype) -> fl
             pad_token_id=pad_token_id,
         )
         with torch.no_grad():
-            losses = model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                vision_index=batch.vision_index,
-                vision=batch.vision,
-                labels=batch.labels,
-                loss_mask=batch.loss_mask,
-                padding_mask=batch.padding_mask,
-                packed_seq_params=packed_seq_params(batch),
-            )
+            losses = model(**model_inputs(batch))
         total += (losses.double() * batch.loss_mask).sum().item()
         count += batch.loss_mask.sum().item()
     return total / count

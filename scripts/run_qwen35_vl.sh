@@ -48,8 +48,8 @@ if ((gpus > 0)); then
     MODEL_VARIANT=${MODEL_VARIANT:-proxy} MBS=${MBS:-2} SEQ_LEN=${SEQ_LEN:-4096} TRAIN_ITERS=${TRAIN_ITERS:-500}
     least_gbs=16 eval_interval=500 eval_iters=10 precision=(--bf16)
 else
-    MODEL_VARIANT=${MODEL_VARIANT:-tiny} MBS=${MBS:-4} SEQ_LEN=${SEQ_LEN:-1024} TRAIN_ITERS=${TRAIN_ITERS:-200}
-    least_gbs=4 eval_interval=10 eval_iters=2 precision=()
+    MODEL_VARIANT=${MODEL_VARIANT:-tiny} MBS=${MBS:-2} SEQ_LEN=${SEQ_LEN:-1024} TRAIN_ITERS=${TRAIN_ITERS:-200}
+    least_gbs=2 eval_interval=10 eval_iters=4 precision=()
 fi
 counts MBS SEQ_LEN TRAIN_ITERS
 data_ranks=$((world / (TP * PP * CP)))

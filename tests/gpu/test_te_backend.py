@@ -33,7 +33,7 @@ GRIDS = ([], [[1, 6, 10]], [[1, 4, 4], [1, 8, 6], [1, 2, 10]])
 def run(architecture: Qwen35VLConfig, folder: Path, impl: str, dtype: torch.dtype, weights: dict[str, Tensor] | None):
     """One packed micro-batch: (weights, losses [1, T], gradients by HF name)."""
     from data.batch import collate, flatten, unflatten
-    from forward_step import packed_seq_params
+    from forward_step import model_inputs
     from models.qwen35_vl.hf_weights import export_hf_state, load_hf_state
     from models.qwen35_vl.inputs import Qwen35VLInputs
 
@@ -54,16 +54,7 @@ def run(architecture: Qwen35VLConfig, folder: Path, impl: str, dtype: torch.dtyp
         )
     )
     batch = unflatten(replace(flat, buffer=flat.buffer.cuda()))
-    losses = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        vision_index=batch.vision_index,
-        vision=batch.vision,
-        labels=batch.labels,
-        loss_mask=batch.loss_mask,
-        padding_mask=batch.padding_mask,
-        packed_seq_params=packed_seq_params(batch),
-    )
+    losses = model(**model_inputs(batch))
     (losses.float() * batch.loss_mask).sum().backward()
     gradients = export_hf_state(model, architecture, value=lambda parameter: parameter.grad)
     return weights, losses.detach(), {name: gradient.double() for name, gradient in gradients.items()}
