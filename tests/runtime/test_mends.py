@@ -1,0 +1,254 @@
+"""The mends of megatron-core: each defect is still there, and is gone once mended.
+
+A test named `..._is_still_broken` that fails says that the installed megatron-core has repaired the defect: delete the
+mend. They run megatron-core's modules as they come, loaded a second time besides the mended ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from runtime import cpu, mends
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mended() -> None:
+    cpu.enable()
+    mends.apply()
+
+
+def pristine(name: str) -> ModuleType:
+    """A second copy of a module, as its file has it; the mended one stays where it is."""
+    spec = importlib.util.spec_from_file_location(name, importlib.import_module(name).__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_applying_again_changes_nothing() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    before = DistributedOptimizer.load_state_dict
+    mends.apply()
+    assert DistributedOptimizer.load_state_dict is before
+
+
+def test_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import package_info
+
+    monkeypatch.setattr(package_info, "MINOR", 20)
+    with pytest.raises(mends.UnknownMegatronVersion, match=r"0\.19\.2.*dataset_helpers_come_compiled.*KNOWN_VERSION"):
+        mends.apply()
+
+
+def test_every_mend_says_where_the_defect_is() -> None:
+    for mend in mends.MENDS:
+        version, where, _ = mend.__doc__.split(maxsplit=2)
+        assert version == "0.19.2," and ".py:" in where, mend.__name__
+
+
+class TestDatasetHelpers:
+    NAME = "megatron.core.datasets.utils"
+
+    def test_compile_helpers_is_still_broken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        commands: list[list[str]] = []
+
+        def run(command: list[str]) -> SimpleNamespace:
+            commands.append(command)
+            return SimpleNamespace(returncode=2)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        with pytest.raises(SystemExit):
+            pristine(self.NAME).compile_helpers()
+        make, option, folder = commands[0]
+        assert (make, option) == ("make", "-C")
+        assert not list(Path(folder).glob("[Mm]akefile"))
+
+    def test_mended(self) -> None:
+        importlib.import_module(self.NAME).compile_helpers()
+
+
+class TestGatedDeltaNet:
+    NAME = "megatron.core.ssm.gated_delta_net.common"
+
+    @pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="flash-linear-attention is installed")
+    def test_constructor_is_still_broken(self) -> None:
+        with pytest.raises(ImportError, match="FLA is not installed"):
+            pristine(self.NAME)._GDNBase(config=None, submodules=None)
+
+    def test_mended(self) -> None:
+        # Past the check: what raises now is the missing process group.
+        with pytest.raises(AssertionError, match="pg_collection"):
+            importlib.import_module(self.NAME)._GDNBase(config=None, submodules=None)
+
+
+class TestRecomputation:
+    NAME = "megatron.core.tensor_parallel.random"
+
+    def test_default_is_still_broken(self) -> None:
+        assert pristine(self.NAME).CheckpointWithoutOutput().fp8 is True
+
+    def test_mended(self, single_rank: None) -> None:
+        checkpoint = importlib.import_module(self.NAME).CheckpointWithoutOutput()
+        assert checkpoint.fp8 is False
+        x = torch.tensor([1.0, 2.0], requires_grad=True)
+        squared = checkpoint.checkpoint(lambda x: x**2, x)
+        result = squared**2
+        checkpoint.discard_output_and_register_recompute(result)
+        assert squared.untyped_storage().size() == 0
+        result.sum().backward()
+        assert x.grad.tolist() == [4.0, 32.0]
+
+
+class Shard:
+    """As much of a DistributedOptimizer as loading touches: fp32 parameters, all of them on this rank."""
+
+    def __init__(self, optimizer_class: type, parameters: int, *, stepped: bool) -> None:
+        self.optimizer_class = optimizer_class
+        self.parameters = [nn.Parameter(torch.full((3,), float(i))) for i in range(parameters)]
+        # The main copy of an fp32 parameter is a view of it.
+        self.main = [nn.Parameter(torch.empty(0)) for _ in self.parameters]
+        for main, parameter in zip(self.main, self.parameters, strict=True):
+            main.data = parameter.data
+        self.optimizer = torch.optim.AdamW(self.main)
+        if stepped:
+            for main in self.main:
+                main.grad = torch.ones(3)
+            self.optimizer.step()
+        self.grad_scaler = None
+        self.config = SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False, fp16=False)
+        self.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
+        self.model_param_group_index_map = {p: (0, i) for i, p in enumerate(self.parameters)}
+        self.gbuf_ranges = [{torch.float32: [{"param_map": dict.fromkeys(self.parameters)}]}]
+
+    def init_state_fn(self, optimizer: torch.optim.Optimizer, config: object) -> None:
+        for main in self.main:
+            optimizer.state[main] = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+
+    def state_dict(self) -> dict:
+        return self.optimizer_class.state_dict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer_class.load_state_dict(self, state)
+
+    def set(self, index: int, **tensors: Tensor) -> None:
+        self.optimizer_class._set_main_param_and_optimizer_states(self, self.parameters[index], tensors)
+
+    def steps(self) -> list[float]:
+        return [state["step"].item() for state in self.optimizer.state.values()]
+
+    def step(self) -> None:
+        for main in self.main:
+            main.grad = torch.ones(3)
+        self.optimizer.step()
+
+
+DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+
+
+@pytest.fixture(scope="module")
+def broken_class() -> type:
+    return pristine(DISTRIBUTED_OPTIMIZER).DistributedOptimizer
+
+
+@pytest.fixture(scope="module")
+def mended_class() -> type:
+    return importlib.import_module(DISTRIBUTED_OPTIMIZER).DistributedOptimizer
+
+
+class TestResumingFp32Parameters:
+    @staticmethod
+    def gradients_recorded(optimizer_class: type) -> bool:
+        seen: list[bool] = []
+        shard = Shard(optimizer_class, 1, stepped=True)
+        shard._set_main_param_and_optimizer_states = lambda *_: seen.append(torch.is_grad_enabled())
+        shard.per_bucket_numel_unpadded = [[3]]
+        state = {"per_bucket_numel_unpadded": [[3]], 0: {torch.float32: [[{"padding": False}]]}}
+        optimizer_class.load_parameter_state_from_dp_reshardable(shard, state)
+        return seen == [True]
+
+    def test_dp_reshardable_is_still_broken(self, broken_class: type) -> None:
+        assert self.gradients_recorded(broken_class)
+
+    def test_mended(self, mended_class: type) -> None:
+        assert not self.gradients_recorded(mended_class)
+
+
+def _has_fused_adam() -> bool:
+    return any(importlib.util.find_spec(name) is not None for name in ("transformer_engine", "apex"))
+
+
+@pytest.mark.skipif(_has_fused_adam(), reason="the distributed optimizer uses a fused Adam")
+class TestResumingWithoutFusedAdam:
+    LOADED: ClassVar = {name: torch.rand(3) for name in ("param", "exp_avg", "exp_avg_sq")}
+
+    def test_state_before_the_first_step_is_still_broken(self, broken_class: type) -> None:
+        with pytest.raises(AssertionError):
+            Shard(broken_class, 2, stepped=False).state_dict()
+
+    def test_state_before_the_first_step_mended(self, mended_class: type) -> None:
+        state = Shard(mended_class, 2, stepped=False).state_dict()
+        assert [group["step"] for group in state["optimizer"]["param_groups"]] == [0.0]
+
+    @staticmethod
+    def steps_after_loading_5(optimizer_class: type) -> list[float]:
+        shard = Shard(optimizer_class, 3, stepped=True)
+        state = shard.state_dict()
+        state["optimizer"]["param_groups"][0]["step"] = 5.0
+        shard.load_state_dict(state)
+        shard.step()
+        return shard.steps()
+
+    def test_common_step_is_still_broken(self, broken_class: type) -> None:
+        assert self.steps_after_loading_5(broken_class) == [8.0, 8.0, 8.0]
+
+    def test_common_step_mended(self, mended_class: type) -> None:
+        assert self.steps_after_loading_5(mended_class) == [6.0, 6.0, 6.0]
+
+    def test_missing_step_is_still_broken(self, broken_class: type) -> None:
+        with torch.no_grad(), pytest.raises(KeyError, match="step"):
+            Shard(broken_class, 1, stepped=True).set(0, **self.LOADED)
+
+    def test_stale_step_is_still_broken(self, broken_class: type) -> None:
+        shard = Shard(broken_class, 1, stepped=True)
+        with torch.no_grad():
+            shard.set(0, **self.LOADED, step=torch.tensor(0.0))
+        assert shard.steps() == [0.0]
+
+    @pytest.mark.parametrize("stale", [{}, {"step": torch.tensor(0.0)}])
+    def test_step_mended(self, mended_class: type, stale: dict[str, Tensor]) -> None:
+        shard = Shard(mended_class, 1, stepped=True)
+        with torch.no_grad():
+            shard.set(0, **self.LOADED, **stale)
+        assert shard.steps() == [1.0]
+        assert torch.equal(shard.parameters[0], self.LOADED["param"])
+        assert torch.equal(shard.optimizer.state[shard.main[0]]["exp_avg"], self.LOADED["exp_avg"])
+
+
+class TestFusedAuxLoss:
+    @staticmethod
+    def counts(function: object) -> tuple[Tensor, Tensor]:
+        routing_map = torch.tensor([[True, True, False], [False, True, True], [False, False, False]])
+        _, local, total = function(routing_map, torch.distributed.group.WORLD, topk=2, with_padding_mask=True)
+        return local, total
+
+    def test_count_with_padding_is_still_broken(self, single_rank: None) -> None:
+        local, total = self.counts(
+            pristine("megatron.core.transformer.moe.moe_utils").get_tokens_per_expert_and_token_count
+        )
+        assert local.is_floating_point() and total.is_floating_point()
+
+    def test_mended(self, single_rank: None) -> None:
+        from megatron.core.transformer.moe import router
+
+        for count in self.counts(router.get_tokens_per_expert_and_token_count):
+            assert count.dtype == torch.int64 and count.item() == 2
