@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def kernel_choice_forgotten() -> Iterator[None]:
+    """megatron-core writes its choice of attention kernels into the environment, where child processes would find it
+    and refuse theirs."""
+    yield
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
