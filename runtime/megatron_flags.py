@@ -49,6 +49,7 @@ _SWITCHES = (
     "--account-for-embedding-in-pipeline-split",
     "--account-for-loss-in-pipeline-split",
     "--use-megatron-fsdp",
+    "--init-model-with-meta-device",
     "--exit-on-missing-checkpoint",
 )
 _TEXTS: dict[str, str | None] = {
@@ -56,6 +57,7 @@ _TEXTS: dict[str, str | None] = {
     "--pipeline-model-parallel-layout": None,
     "--ckpt-format": "torch_dist",
     "--load": None,
+    "--save": None,
     "--wandb-project": None,
 }
 

@@ -99,6 +99,7 @@ def test_defaults_with_gpus(tmp_path: Path) -> None:
     assert start[start.index("torchrun") + 1 : start.index("torchrun") + 3] == ["--nproc-per-node", "2"]
     assert value(flags, "--model-variant") == "proxy" and "--bf16" in flags
     assert value(flags, "--ckpt-format") == "fsdp_dtensor" and "--use-megatron-fsdp" in flags
+    assert value(flags, "--data-parallel-sharding-strategy") == "optim_grads_params"
     assert start[1:3] == ["-u", "CUDA_DEVICE_MAX_CONNECTIONS"]  # FSDP refuses 1
     for variables in ({"USE_FSDP": "0"}, {"GPUS_PER_NODE": "1"}, {"PP": "2"}):
         start, flags = command_of(launch("--allow-slow-kernels", library_path=tmp_path, **variables))
@@ -123,11 +124,6 @@ SETTINGS = {
     "architecture": (
         {"NUM_LAYERS": "8", "NUM_EXPERTS": "0", "VISION_NUM_LAYERS": "1", "MODEL_VARIANT": "proxy"},
         "--model-variant proxy --num-layers 8 --num-experts 0 --vision-num-layers 1",
-    ),
-    "FSDP": (
-        {"USE_FSDP": "1", "GPUS_PER_NODE": "2"},
-        "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params --init-model-with-meta-device "
-        "--ckpt-format fsdp_dtensor",
     ),
     "recompute": (
         {"RECOMPUTE": "1", "RECOMPUTE_VISION": "1"},

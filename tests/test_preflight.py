@@ -72,6 +72,15 @@ REFUSED = {
     "VPP over layers": (f"{TINY} {PP} 2 --num-virtual-stages-per-pipeline-rank 3", 2, ["2 layers per stage", "3"]),
     "FSDP with PP": (f"{TINY} {PP} 2 --use-megatron-fsdp --ckpt-format fsdp_dtensor", 2, ["USE_FSDP=0 or PP=1"]),
     "FSDP's format": (f"{TINY} --use-megatron-fsdp", 1, ["--ckpt-format torch_dist", "use --ckpt-format fsdp_dtensor"]),
+    "FSDP from meta": (
+        f"{TINY} --use-megatron-fsdp --ckpt-format fsdp_dtensor --init-model-with-meta-device", 2, ["leave it out"],
+    ),
+    "FSDP saved on CPU": (
+        f"{TINY} --use-megatron-fsdp --ckpt-format fsdp_dtensor --save out", 2, ["--save out", "USE_FSDP=0"],
+    ),
+    "EP and ETP on CPU": (
+        f"{MOE} {EP} 2 --expert-tensor-parallel-size 2 {TP} 2 {SP}", 4, ["--expert-tensor-parallel-size 1"],
+    ),
     "format without FSDP": (f"{TINY} --ckpt-format fsdp_dtensor", 1, ["use --ckpt-format torch_dist"]),
     "variant": (f"{BASE} --model-variant tinny", 1, ["--model-variant tinny", "did you mean tiny?", *VARIANTS]),
     "arch": (f"{TINY} --model-arch qwen35", 1, ["--model-arch qwen35", "did you mean qwen35_vl?"]),
@@ -123,7 +132,7 @@ ACCEPTED = {
     ),
     "VPP": (f"{TINY} {PP} 2 --num-virtual-stages-per-pipeline-rank 2", 2),
     "EP": (f"{MOE} {EP} 2", 2),
-    "EP and ETP": (f"{MOE} {EP} 2 --expert-tensor-parallel-size 2 {TP} 2 {SP}", 4),
+    "EP and TP": (f"{MOE} {EP} 2 --expert-tensor-parallel-size 1 {TP} 2 {SP}", 4),
     "FSDP": (f"{TINY} --use-megatron-fsdp --ckpt-format fsdp_dtensor", 2),
     "data parallel": (f"{TINY} --global-batch-size 4 --use-distributed-optimizer", 4),
     "hub processor": (f"{BASE} --model-variant 0.8b --hf-processor-path Qwen/Qwen3.5-0.8B", 1),
