@@ -15,7 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from functools import cache
 from pathlib import Path
 
@@ -158,3 +158,24 @@ def test_table_of_variables_matches_the_launcher() -> None:
 def test_variables_are_found(name: str) -> None:
     """Guards the pattern that the table's test rests on."""
     assert name in script_variables()
+
+
+def test_the_dataset_example_gives_samples() -> None:
+    import torch
+    from PIL import Image
+
+    from data import DATASET_PROVIDERS
+    from data.processor import build_processor
+    from models.qwen35_vl.configuration import VARIANTS
+
+    example = next(block for block in blocks("python") if "DATASET_PROVIDERS[" in block)
+    exec(example, {"ROWS": [(Image.new("RGB", (96, 64), "white"), "A blank page.")]})
+    provider = DATASET_PROVIDERS.pop("captions")
+    limits = {"seq_length": 64, "min_pixels": None, "max_pixels": None}
+    args = Namespace(**limits, params_dtype=torch.float32, strict_special_mask=False)
+    config = VARIANTS["tiny"].to_hf()
+    processor = build_processor("tiny", {name: id for name, id in config.items() if name.endswith("_token_id")})
+    dataset = provider.build(args, "train", processor, None)
+    sample = dataset[0]
+    assert len(sample.input_ids) == dataset.size(0).tokens
+    assert sample.trained.any() and sample.grid_thw.tolist() == [[1, 4, 6]]
