@@ -229,6 +229,9 @@ def machine_flags(args: Namespace, machine: Machine) -> list[str]:
     """What this machine needs or runs best, given the architecture and the layout."""
     impl = args.transformer_impl or ("transformer_engine" if machine.gpus and machine.transformer_engine else "local")
     flags = ["--transformer-impl", impl]
+    if not args.use_megatron_fsdp:
+        # A checkpoint loads in any layout. Megatron's default can't even save a bf16 model's fp32 parameters (A_log).
+        flags.append("--dist-ckpt-optim-fully-reshardable")
     if impl == "local":
         flags.append("--no-persist-layer-norm")  # a kernel that torch's norms haven't
     if not (machine.gpus and machine.fused_weight_gradients):

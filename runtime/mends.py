@@ -145,6 +145,29 @@ def _own_steps(optimizer: torch.optim.Optimizer, step: float | None = None) -> N
         state["step"] = torch.tensor(state["step"].item() if step is None else step)
 
 
+def optimizer_saves_mixed_parameters() -> None:
+    """0.19.2, core/optimizer/distrib_optimizer.py:337 and :487: two orders of a group's parameters.
+
+    One is by gradient buffer, 16-bit parameters before fp32 ones; the optimizer's own puts fp32 first. A place in the
+    one is looked up in the other whenever states are saved or loaded: a bf16 model with fp32 parameters (A_log) can't
+    be saved. Both are built inside the constructor; no argument chooses the class.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._build_optimizer_group_ranges.__func__
+
+    @functools.wraps(original)
+    def fp32_first(cls: type, param_groups: list[dict], gbuf_ranges: list[dict]) -> tuple[dict, list[dict]]:
+        places, ranges = original(cls, param_groups, gbuf_ranges)
+        for index, group in enumerate(ranges):
+            group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
+            for order, parameter in enumerate(group["params"]):
+                places[parameter] = (index, order)
+        return places, ranges
+
+    DistributedOptimizer._build_optimizer_group_ranges = classmethod(fp32_first)
+
+
 def fused_aux_loss_takes_padding() -> None:
     """0.19.2, core/transformer/moe/moe_utils.py:277: with a padding mask the number of tokens is a float.
 
@@ -169,5 +192,6 @@ MENDS: tuple[Callable[[], None], ...] = (
     recomputation_without_transformer_engine,
     optimizer_resumes_fp32_parameters,
     optimizer_resumes_without_fused_adam,
+    optimizer_saves_mixed_parameters,
     fused_aux_loss_takes_padding,
 )

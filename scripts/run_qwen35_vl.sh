@@ -104,11 +104,8 @@ processor=${HF_PROCESSOR_PATH:-${TOKENIZER_MODEL:-}} # a processor's folder has 
 ((FORCE_LOAD_BALANCING)) && flags+=(--moe-router-force-load-balancing)
 ((RECOMPUTE)) && flags+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)
 ((RECOMPUTE_VISION)) && flags+=(--recompute-vision)
-if ((USE_FSDP)); then
-    flags+=(--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params --ckpt-format fsdp_dtensor)
-else
-    flags+=(--dist-ckpt-optim-fully-reshardable) # so that a checkpoint loads in another layout
-fi
+((USE_FSDP)) && flags+=(--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params
+    --ckpt-format fsdp_dtensor)
 [ -z "$CKPT_FORMAT" ] || flags+=(--ckpt-format "$CKPT_FORMAT")
 ((CKPT_RESUME)) && flags+=(--load "${CKPT_LOAD:-$OUTPUT_DIR/checkpoints}")
 [ -z "$CKPT_LOAD" ] || flags+=(--exit-on-missing-checkpoint)

@@ -252,3 +252,21 @@ class TestFusedAuxLoss:
 
         for count in self.counts(router.get_tokens_per_expert_and_token_count):
             assert count.dtype == torch.int64 and count.item() == 2
+
+
+class TestMixedParameters:
+    """A group's fp32 parameters come first, as the optimizer puts them."""
+
+    @staticmethod
+    def places(optimizer_class: type) -> list[tuple[int, int]]:
+        narrow, wide = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(2))
+        buffers = [{"bf16": [{"param_map": {narrow: None}}], "fp32": [{"param_map": {wide: None}}]}]
+        found, groups = optimizer_class._build_optimizer_group_ranges([{"params": [narrow, wide]}], buffers)
+        assert [found[parameter] for parameter in groups[0]["params"]] == [(0, 0), (0, 1)]
+        return [found[narrow], found[wide]]
+
+    def test_is_still_broken(self, broken_class: type) -> None:
+        assert self.places(broken_class) == [(0, 0), (0, 1)]
+
+    def test_is_mended(self, mended_class: type) -> None:
+        assert self.places(mended_class) == [(0, 1), (0, 0)]
