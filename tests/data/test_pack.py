@@ -11,6 +11,7 @@ import pytest
 from toy_data import ToyDataset
 
 from data.pack import IndexedPacks, Pack, PackPlan, SampleSize, Sizes, measure
+from data.sample import Sample
 
 
 def ragged(count: int, longest: int = 100) -> list[int]:
@@ -127,17 +128,30 @@ def test_workers_measure_the_same() -> None:
 
 
 class Broken(ToyDataset):
-    def size(self, index: int) -> SampleSize:
-        raise OSError("truncated file")
+    """One sample can't be read."""
 
-    __getitem__ = size
+    def __init__(self, lengths: list[int], broken: int) -> None:
+        super().__init__(lengths)
+        self.broken = broken
+
+    def _read(self, index: int) -> None:
+        if index == self.broken:
+            raise OSError("truncated file")
+
+    def size(self, index: int) -> SampleSize:
+        self._read(index)
+        return super().size(index)
+
+    def __getitem__(self, index: int) -> Sample:
+        self._read(index)
+        return super().__getitem__(index)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_sample_that_cannot_be_measured_is_named(workers: int) -> None:
     with pytest.raises(OSError, match="truncated file") as error:
-        measure(Broken([1] * 200), workers=workers)
-    assert error.value.__notes__ == ["while measuring sample 0 of toy/train"]
+        measure(Broken([1] * 200, 17), workers=workers)
+    assert error.value.__notes__ == ["while measuring sample 17 of toy/train"]
 
 
 def source(lengths: list[int] | None = None, order: str = "toy") -> IndexedPacks:
@@ -189,7 +203,7 @@ def test_a_period_repeats_the_same_packs() -> None:
 
 
 def test_a_sample_that_cannot_be_loaded_is_named() -> None:
-    dataset = Broken([10])
+    dataset = Broken([10], 0)
     plan = PackPlan(Sizes(np.array([10]), np.array([0]), np.array([0]), {}, {}), seed=0, token_budget=10, packed=True)
     with pytest.raises(OSError) as error:
         next(IndexedPacks(dataset, plan, order=""))
