@@ -40,6 +40,8 @@ def model_provider(
     from runtime.meta import meta_device
 
     language_config = spec.language_post_config(args, config or core_transformer_config_from_args(args))
+    # Pipeline stages tell each other how long a packed row is; Megatron has no flag for it.
+    language_config.variable_seq_lengths = args.use_packed_sequence and args.pipeline_model_parallel_size > 1
     vision_config = spec.vision_config(args, language_config)
     # Here, since the rank's device is set by now.
     spec.check_kernels(args)
