@@ -153,8 +153,8 @@ SETTINGS = {
         "--save '/tmp/a run/checkpoints' --save-interval 7 --tensorboard-dir '/tmp/a run/tensorboard'",
     ),
     "names": (
-        {"ROOT_DIR": "/tmp/root/", "EXP_NAME": "first", "TENSORBOARD_LOGS_PATH": "/tmp/events"},
-        "--save /tmp/root/first/checkpoints --tensorboard-dir /tmp/events",
+        {"ROOT_DIR": "/data/runs/", "EXP_NAME": "first", "TENSORBOARD_LOGS_PATH": "/data/events"},
+        "--save /data/runs/first/checkpoints --tensorboard-dir /data/events",
     ),
 }
 

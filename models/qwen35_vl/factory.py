@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,10 @@ def _flags(variant: str) -> list[str]:
 
 
 def _flags_from_hf(folder: Path) -> list[str]:
-    path = folder / "config.json"
     try:
-        return Qwen35VLConfig.from_hf(json.loads(path.read_text())).to_flags()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--hf-config {folder}: {error}") from error
+        return Qwen35VLConfig.from_folder(folder).to_flags()
+    except ValueError as error:
+        raise ValueError(f"--hf-config {error}") from error
 
 
 def _check_kernels(args: Namespace) -> None:
