@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,18 @@ def test_going_on_repeats_the_uninterrupted_run(run: tuple[Path, str], tmp_path:
     names = ("lm loss", "mtp_1 loss", "load_balancing_loss", "grad norm")
     expected, actual = figures(log, 3), figures(resumed, 3)
     assert [actual[name] for name in names] == [expected[name] for name in names]
+
+
+@pytest.mark.parametrize(("packed", "stages", "expected"), [(True, 2, True), (True, 1, False), (False, 2, False)])
+def test_pipeline_stages_agree_on_packed_lengths(packed: bool, stages: int, expected: bool) -> None:
+    """Otherwise Megatron sends rows of --seq-length, and a packed row is shorter."""
+    from pretrain_multimodal import model_provider
+
+    spec = Namespace(
+        language_post_config=lambda args, config: config,
+        vision_config=lambda args, config: None,
+        check_kernels=lambda args: None,
+        build_model=lambda args, language_config, vision_config, **stage: language_config,
+    )
+    args = Namespace(use_packed_sequence=packed, pipeline_model_parallel_size=stages, init_model_with_meta_device=False)
+    assert model_provider(spec, args, config=Namespace(), pg_collection="groups").variable_seq_lengths is expected
