@@ -73,6 +73,14 @@ def _mock(args: Namespace, split: Split, processor: ProcessorMixin | None, model
     return build(args, split, model_inputs)
 
 
+def _ragged(
+    args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs
+) -> SampleDataset:
+    from data.ragged import RaggedDataset
+
+    return RaggedDataset(split, model_inputs, seed=args.seed, longest=args.seq_length, dtype=args.params_dtype)
+
+
 def _receipts(
     args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs
 ) -> SampleDataset:
@@ -93,6 +101,7 @@ DATASET_PROVIDERS: dict[str, DatasetProvider] = {
     provider.name: provider
     for provider in (
         DatasetProvider("mock", needs_processor=False, build=_mock),
+        DatasetProvider("ragged", needs_processor=False, build=_ragged),
         DatasetProvider("receipts", needs_processor=True, build=_receipts),
         DatasetProvider("cord_v2", needs_processor=True, build=_cord_v2),
     )

@@ -138,7 +138,8 @@ def _type(original: Function) -> Function:
     @functools.wraps(original)
     def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
-            return original(self).replace("torch.", "torch.cuda.")
+            # A TorchFunctionMode calls this again from inside `original`.
+            return original(self).replace("torch.cuda.", "torch.").replace("torch.", "torch.cuda.")
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.")
         return original(self, dtype, *args, **kwargs)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from runtime.float64 import float64, relative_error
 from tests.build_model import build_model
-from tests.float64 import float64, relative_error
 from tests.models.test_hf_parity import make_sample
 
 pytestmark = [

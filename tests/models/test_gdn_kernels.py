@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.qwen35_vl import gdn_kernels
 from models.qwen35_vl.gdn_kernels import GDNKernels, causal_conv, gated_delta_rule
-from tests.float64 import relative_error
+from runtime.float64 import relative_error
 
 TAPS = 4
 # One token; shorter than the convolution; a chunk's length; over chunk borders; and again one token.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from runtime.float64 import float64, relative_error
 from tests.build_model import build_model
-from tests.float64 import float64, relative_error
 from tests.hf_reference import build_hf, modeling, token_types
 
 pytestmark = pytest.mark.usefixtures("single_rank")

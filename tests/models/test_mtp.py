@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS
+from runtime.float64 import float64, relative_error
 from tests.build_decoder import build_decoder, document_inputs, pack, roughen
-from tests.float64 import float64, relative_error
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS
 from models.qwen35_vl.gdn_kernels import GDNKernels, causal_conv, gated_delta_rule
+from runtime.float64 import float64, relative_error
 from tests.build_decoder import build_decoder, document_inputs, pack, roughen
-from tests.float64 import float64, relative_error
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 

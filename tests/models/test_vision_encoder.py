@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS
-from tests.float64 import float64, relative_error
+from runtime.float64 import float64, relative_error
 from tests.hf_reference import build_hf_vision
 
 pytestmark = pytest.mark.usefixtures("single_rank")

@@ -6,8 +6,8 @@
         loss.backward()
 
 Inside the block torch.float32 means torch.float64 wherever it is passed to a torch function, `.float()` means
-`.double()`, and the default dtype is float64, in the backward pass and in recomputation as well. Integer and
-16-bit types are left alone.
+`.double()`, `.type()` gives float32's name, and the default dtype is float64, in the backward pass and in recomputation
+as well. Integer and 16-bit types are left alone.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class _Float64Mode(TorchFunctionMode):
             return args[0].double(**kwargs)
         if func is Tensor.backward:
             return _backward(*args, **kwargs)
+        if func is Tensor.type and len(args) == 1:
+            # By this name megatron-core's optimizers tell parameters that need no 16-bit copy.
+            return func(*args, **kwargs).replace("DoubleTensor", "FloatTensor")
         return func(*(_widen(value) for value in args), **kwargs)
 
 

@@ -1,0 +1,329 @@
+"""One rank of one layout of `scripts/check_parallel.py`: a few steps of the real training loop, watched.
+
+Weights, data and seeds depend on nothing but the job, so that every layout trains the same model on the same batch. The
+first step's gradients and the parameters after the last step are compared, on the rank that holds them, with what one
+rank wrote: each copy of a replicated parameter by itself, slices of a sharded one by their place in the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from runtime import cpu, mends
+
+cpu.enable()
+mends.apply()
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from megatron.core.utils import unwrap_model  # noqa: E402
+from megatron.training import pretrain, training  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+
+import arguments  # noqa: E402
+from data.batch import BatchStats  # noqa: E402
+from data.loader import dataset_provider  # noqa: E402
+from forward_step import ForwardStep  # noqa: E402
+from models import MODEL_REGISTRY  # noqa: E402
+from models.qwen35_vl.configuration import Qwen35VLConfig  # noqa: E402
+from models.qwen35_vl.hf_weights import export_hf_state, hf_shares, load_hf_state, weight_map  # noqa: E402
+from models.weight_map import assemble  # noqa: E402
+from pretrain_multimodal import model_provider  # noqa: E402
+from runtime.float64 import float64  # noqa: E402
+
+# (HF tensor, region) -> squared norm of the difference there, elements.
+type Differences = dict[tuple[str, str], tuple[float, int]]
+
+PARAMETERS, GRADIENTS, INITIAL = "parameters.safetensors", "gradients.safetensors", "initial.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank is to do.
+
+    flags: the whole command line.
+    float64: make float32 mean float64 everywhere.
+    reference: folder that the reference run wrote and the others read.
+    is_reference: this run is that one.
+    result: where rank 0 writes the `Result`, as JSON.
+    """
+
+    flags: tuple[str, ...]
+    float64: bool
+    reference: str
+    is_reference: bool
+    result: str
+
+
+@dataclass
+class Result:
+    """What a layout did; written by rank 0.
+
+    losses, grad_norms: of each step. A loss is the mean over the step's trained tokens.
+    gradient_errors, update_errors: HF tensor -> norm of the difference over norm of the reference; the worst replica.
+        Where the reference is zero everywhere: 0 if this is too, else infinite.
+    images: images of each micro-batch of the first step that data rank 0 saw.
+    router_margin: smallest distance between the last expert that a token chose and the first that it didn't, in logits.
+    step_seconds: each step's, the slowest rank's.
+    tokens: of a step, padding not counted.
+    peak_bytes: highest memory of any rank: the CUDA allocator's, without a GPU the process's.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradient_errors: dict[str, float] = field(default_factory=dict)
+    update_errors: dict[str, float] = field(default_factory=dict)
+    images: list[int] = field(default_factory=list)
+    router_margin: float | None = None
+    step_seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    peak_bytes: int = 0
+
+
+def run_rank(job: Job) -> None:
+    """Entry of a rank's process, started by torchrun's launcher."""
+    # TP and CP order their communication by having one connection; FSDP refuses that.
+    if "--use-megatron-fsdp" in job.flags:
+        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    else:
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    with float64() if job.float64 else nullcontext():
+        _train(job)
+
+
+def _train(job: Job) -> None:
+    args = arguments.parse(list(job.flags))
+    spec = MODEL_REGISTRY[args.model_arch]
+    watch = Watch(job, args)
+    training.train_step = watch.steps(training.train_step)
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        dataset_provider(args, spec, None),
+        ModelType.encoder_or_decoder,
+        watch.forward_step(),
+        watch.provider(partial(model_provider, spec, args)),
+    )
+    watch.finish()
+    torch.distributed.destroy_process_group()
+
+
+class Watch:
+    """Looks at a run from outside: gradients before the optimizer's first step, parameters after its last."""
+
+    def __init__(self, job: Job, args: Namespace) -> None:
+        self._job = job
+        self._architecture = Qwen35VLConfig.from_args(args)
+        self._mapping = weight_map(self._architecture)
+        self._folder = Path(job.reference)
+        self._result = Result()
+        self._stats: list[BatchStats] = []
+        self._margins: list[Tensor] = []
+        self._model: list[nn.Module] = []
+        self._gradient_differences: Differences = {}
+
+    def provider(self, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        """`build`, with the job's initial weights: the reference's own, made rough, which it leaves for the others."""
+
+        def build_with_weights(*args: Any, **kwargs: Any) -> nn.Module:
+            model = build(*args, **kwargs)
+            if self._job.is_reference:
+                roughen(model)
+                save_file(export_hf_state(model, self._architecture), self._folder / INITIAL)
+            else:
+                with safe_open(self._folder / INITIAL, "pt") as file:
+                    load_hf_state(model, {name: FileSlice(file, name) for name in file.keys()}, self._architecture)  # noqa: SIM118
+            return model
+
+        return build_with_weights
+
+    def forward_step(self) -> ForwardStep:
+        """The training loop's own, which also keeps the statistics that it sees."""
+        stats = self._stats
+
+        class WatchedForwardStep(ForwardStep):
+            def _rates(self, batch_stats: BatchStats, *, training: bool) -> dict[str, tuple[float, float]]:
+                stats.append(batch_stats)
+                return super()._rates(batch_stats, training=training)
+
+        return WatchedForwardStep()
+
+    def steps(self, train_step: Callable[..., tuple]) -> Callable[..., tuple]:
+        """`megatron.training.training.train_step`, watched."""
+
+        def watched(forward_step: Any, data: Any, model: list[nn.Module], optimizer: Any, *rest: Any, **more: Any):
+            if not self._model:
+                self._model = model
+                self._watch_routers()
+                self._watch_gradients(optimizer)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            outcome = train_step(forward_step, data, model, optimizer, *rest, **more)
+            torch.cuda.synchronize()
+            self._result.step_seconds.append(time.perf_counter() - start)
+            losses, grad_norm = outcome[0], outcome[5]
+            if losses:
+                self._result.losses.append(float(losses["lm loss"]))
+            self._result.grad_norms.append(float(grad_norm))
+            return outcome
+
+        return watched
+
+    def finish(self) -> None:
+        """Compare the parameters; rank 0 puts all findings together and writes the result."""
+        mine = self._result
+        first_step = self._stats[: len(self._stats) // len(mine.grad_norms)]
+        mine.tokens = sum(stats.tokens for stats in first_step)
+        mine.images = [stats.images for stats in first_step]
+        mine.router_margin = min((float(margin) for margin in self._margins), default=None)
+        mine.peak_bytes = torch.cuda.max_memory_allocated()
+        updates = self._compare(nn.Parameter.detach, PARAMETERS)
+        of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, (mine, self._gradient_differences, updates))
+        if torch.distributed.get_rank():
+            return
+        results, gradients, updates = zip(*of_ranks, strict=True)
+        mine.losses = next(result.losses for result in results if result.losses)
+        mine.images = next(result.images for result in results if result.images)
+        mine.tokens = sum(result.tokens for result in results) // sum(bool(result.images) for result in results)
+        mine.router_margin = min((r.router_margin for r in results if r.router_margin is not None), default=None)
+        mine.step_seconds = [max(seconds) for seconds in zip(*(result.step_seconds for result in results), strict=True)]
+        mine.peak_bytes = max(result.peak_bytes for result in results)
+        mine.gradient_errors = self._errors(gradients, GRADIENTS)
+        mine.update_errors = self._errors(updates, PARAMETERS, minus=INITIAL)
+        Path(self._job.result).write_text(json.dumps(asdict(mine)))
+
+    def _watch_gradients(self, optimizer: Any) -> None:
+        step = optimizer.step
+
+        def compare_then_step() -> Any:
+            optimizer.step = step  # the first one only
+            gradients = reduced_gradients(self._model)
+            self._gradient_differences = self._compare(gradients.__getitem__, GRADIENTS)
+            return step()
+
+        optimizer.step = compare_then_step
+
+    def _watch_routers(self) -> None:
+        for router in (m for chunk in self._model for m in chunk.modules() if isinstance(m, TopKRouter)):
+            gating = router.gating
+
+            def watched(hidden: Tensor, gating: Callable = gating, router: TopKRouter = router) -> Tensor:
+                logits = gating(hidden)
+                best = logits.detach().topk(router.topk + 1).values
+                self._margins.append((best[..., -2] - best[..., -1]).min())
+                return logits
+
+            router.gating = watched
+
+    def _compare(self, value: Callable[[nn.Parameter], Tensor], file: str) -> Differences:
+        """This rank's regions of the HF tensors against the reference's, which the reference itself writes first."""
+        shares = [
+            share
+            for chunk in unwrap_model(self._model)
+            for share in hf_shares(chunk, self._architecture, self._mapping, value)
+        ]
+        if self._job.is_reference:
+            save_file(assemble(self._mapping, shares), self._folder / file)
+        differences: Differences = {}
+        with safe_open(self._folder / file, "pt") as reference:
+            for piece, mine in shares:
+                expected = FileSlice(reference, piece.name)[piece.foreign_index]
+                square = (mine.cpu().double().reshape(expected.shape) - expected.double()).square().sum().item()
+                key = (piece.name, str(piece.foreign_index))
+                known, _ = differences.get(key, (0.0, 0))
+                differences[key] = (max(known, square), expected.numel())
+        return differences
+
+    def _errors(self, of_ranks: Iterable[Differences], file: str, minus: str | None = None) -> dict[str, float]:
+        """Relative error of each HF tensor, the worst of its replicas'; infinite where a region is on no rank.
+
+        Args:
+            file: the reference.
+            minus: relative to the norm of the reference less this file, so to what the optimizer changed.
+        """
+        worst: Differences = {}
+        for differences in of_ranks:
+            for key, (square, count) in differences.items():
+                worst[key] = (max(square, worst.get(key, (0.0, 0))[0]), count)
+        squares: dict[str, float] = defaultdict(float)
+        covered: dict[str, int] = defaultdict(int)
+        for (name, _), (square, count) in worst.items():
+            squares[name] += square
+            covered[name] += count
+        errors = {}
+        with (
+            safe_open(self._folder / file, "pt") as reference,
+            safe_open(self._folder / (minus or file), "pt") as start,
+        ):
+            for name in reference.keys():  # noqa: SIM118
+                whole = reference.get_tensor(name).double()
+                norm = (whole - start.get_tensor(name) if minus else whole).norm().item()
+                difference = squares[name] ** 0.5 if covered[name] == whole.numel() else float("inf")
+                errors[name] = difference / norm if norm else (float("inf") if difference else 0.0)
+        return errors
+
+
+class FileSlice:
+    """A tensor of a safetensors file, of which slices are read."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._slice = file.get_slice(name)
+        self.shape = tuple(self._slice.get_shape())
+
+    def __getitem__(self, index: tuple[slice | int, ...]) -> Tensor:
+        return self._slice[index]
+
+
+def roughen(model: nn.Module) -> None:
+    """Add noise that depends on the parameter's name: fresh norms are all alike, and no layout could mix them up.
+
+    The decay of a fresh GatedDeltaNet forgets within a few tokens; here it remembers dozens. Routers get clear
+    preferences, since two layouts may break a tie differently.
+    """
+    for name, parameter in model.named_parameters():
+        numbers = np.random.default_rng(zlib.crc32(name.encode()))
+        noise = torch.from_numpy(numbers.standard_normal(parameter.shape, dtype=np.float32)).to(parameter)
+        fan_in = parameter.size(-1)
+        with torch.no_grad():
+            if name.endswith("A_log"):
+                parameter.copy_(0.3 * noise - 3)
+            elif name.endswith("router.weight"):
+                parameter.copy_(4 * noise / fan_in**0.5)
+            elif parameter.dim() > 1:
+                parameter.copy_(0.5 * noise / fan_in**0.5)
+            else:
+                parameter.add_(0.3 * noise)
+
+
+def reduced_gradients(model: list[nn.Module]) -> dict[nn.Parameter, Tensor]:
+    """Each parameter's gradient as the optimizer is about to see it, whole on every rank that holds the parameter.
+
+    The distributed optimizer leaves each data rank its own part of a gradient buffer: the parts are gathered here.
+    """
+    for chunk in model:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            group = buffer.data_parallel_group
+            if not buffer.ddp_config.use_distributed_optimizer or group.size() == 1:
+                continue
+            for bucket in buffer.buckets:
+                parts = list(bucket.grad_data.chunk(group.size()))
+                torch.distributed.all_gather(parts, parts[group.rank()].clone(), group=group)
+    return {parameter: parameter.main_grad for chunk in model for parameter in chunk.parameters()}
