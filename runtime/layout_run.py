@@ -47,29 +47,12 @@ from models.qwen35_vl.hf_weights import export_hf_state, hf_shares, load_hf_stat
 from models.weight_map import assemble  # noqa: E402
 from pretrain_multimodal import model_provider  # noqa: E402
 from runtime.float64 import float64  # noqa: E402
+from runtime.layouts import Job  # noqa: E402
 
 # (HF tensor, region) -> squared norm of the difference there, elements.
 type Differences = dict[tuple[str, str], tuple[float, int]]
 
 PARAMETERS, GRADIENTS, INITIAL = "parameters.safetensors", "gradients.safetensors", "initial.safetensors"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a rank is to do.
-
-    flags: the whole command line.
-    float64: make float32 mean float64 everywhere.
-    reference: folder that the reference run wrote and the others read.
-    is_reference: this run is that one.
-    result: where rank 0 writes the `Result`, as JSON.
-    """
-
-    flags: tuple[str, ...]
-    float64: bool
-    reference: str
-    is_reference: bool
-    result: str
 
 
 @dataclass
@@ -79,6 +62,7 @@ class Result:
     losses, grad_norms: of each step. A loss is the mean over the step's trained tokens.
     gradient_errors, update_errors: HF tensor -> norm of the difference over norm of the reference; the worst replica.
         Where the reference is zero everywhere: 0 if this is too, else infinite.
+    zero_gradients: HF tensors whose gradient is zero everywhere in the reference.
     images: images of each micro-batch of the first step that data rank 0 saw.
     router_margin: smallest distance between the last expert that a token chose and the first that it didn't, in logits.
     step_seconds: each step's, the slowest rank's.
@@ -90,6 +74,7 @@ class Result:
     grad_norms: list[float] = field(default_factory=list)
     gradient_errors: dict[str, float] = field(default_factory=dict)
     update_errors: dict[str, float] = field(default_factory=dict)
+    zero_gradients: list[str] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     router_margin: float | None = None
     step_seconds: list[float] = field(default_factory=list)
@@ -97,8 +82,8 @@ class Result:
     peak_bytes: int = 0
 
 
-def run_rank(job: Job) -> None:
-    """Entry of a rank's process, started by torchrun's launcher."""
+def run(job: Job) -> None:
+    """What the rank's process does; see `runtime.layouts.run_rank`."""
     # TP and CP order their communication by having one connection; FSDP refuses that.
     if "--use-megatron-fsdp" in job.flags:
         os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
@@ -207,6 +192,8 @@ class Watch:
         mine.step_seconds = [max(seconds) for seconds in zip(*(result.step_seconds for result in results), strict=True)]
         mine.peak_bytes = max(result.peak_bytes for result in results)
         mine.gradient_errors = self._errors(gradients, GRADIENTS)
+        with safe_open(self._folder / GRADIENTS, "pt") as file:
+            mine.zero_gradients = [name for name in file.keys() if not file.get_tensor(name).any()]  # noqa: SIM118
         mine.update_errors = self._errors(updates, PARAMETERS, minus=INITIAL)
         Path(self._job.result).write_text(json.dumps(asdict(mine)))
 

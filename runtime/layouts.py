@@ -123,3 +123,28 @@ class _Reader:
                 f"layout word {word!r}: expected a size ({sizes} and a number) or one of thd, bshd, one, "
                 f"{', '.join(SWITCHES)}"
             )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank is to do.
+
+    flags: the whole command line.
+    float64: make float32 mean float64 everywhere.
+    reference: folder that the reference run wrote and the others read.
+    is_reference: this run is that one.
+    result: where rank 0 writes the `Result`, as JSON.
+    """
+
+    flags: tuple[str, ...]
+    float64: bool
+    reference: str
+    is_reference: bool
+    result: str
+
+
+def run_rank(job: Job) -> None:
+    """Entry of a rank's process. Here, so that the process that starts the ranks needs no torch."""
+    from runtime import layout_run
+
+    layout_run.run(job)

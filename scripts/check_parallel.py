@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import arguments
-from runtime.layouts import SWITCHES, Layout, parse_layout
+from runtime.layouts import SWITCHES, Job, Layout, parse_layout, run_rank
 from runtime.machine import count_gpus, detect
 
 # Worst relative error of a gradient by precision: in float64 rounding alone, in the others what it grows to.
@@ -89,8 +89,6 @@ class Comparison:
         Raises:
             ChildFailedError: a rank failed; the message holds its traceback.
         """
-        from runtime.layout_run import Job, run_rank
-
         folder = self.folder / layout.name
         folder.mkdir(parents=True, exist_ok=True)
         job = Job(
@@ -125,7 +123,8 @@ def main() -> None:
         _refuse(problems)
     # Read when its first rank starts.
     multiprocessing.set_forkserver_preload(["runtime.layout_run"])
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # while it starts; a rank takes its share of the cores
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of what isn't installed; a rank's log has its own
     print(f"{args.variant}, {args.dtype}, {args.steps} steps of {args.optimizer}; logs in {comparison.folder}")
     print(
         _row("layout", "ranks", "loss", "grad norm", "loss error", "gradient error", "update error", "GB", "tokens/s")

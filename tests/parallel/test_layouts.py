@@ -1,0 +1,126 @@
+"""The real model in every parallel layout against one rank, by scripts/check_parallel.py: losses, gradients, updates.
+
+GatedDeltaNet, gated attention, dense or MoE, ViT with images, MTP; ragged packed documents, among the micro-batches one
+without an image; two steps of the training loop's own optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts/check_parallel.py"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layouts that one call of the script compares: its arguments besides the layouts, and how far they may be off.
+
+    Float64 is measured at 2e-16 for a loss, 1.2e-14 for the worst gradient of any tensor and 2e-13 for the worst update.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    loss: float
+    gradient: float
+    update: float
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MOE = Group("moe", ("--variant", "tiny_moe"), loss=1e-14, gradient=2e-13, update=4e-12)
+DENSE = Group("dense", ("--variant", "tiny"), loss=1e-14, gradient=2e-13, update=4e-12)
+SGD = Group("sgd", ("--variant", "tiny_moe", "--optimizer", "sgd"), loss=1e-14, gradient=2e-13, update=4e-12)
+FLOAT32_MOE = Group("moe32", ("--variant", "tiny_moe", "--dtype", "float32"), loss=1e-6, gradient=2e-4, update=2e-4)
+FLOAT32_DENSE = Group("dense32", ("--variant", "tiny", "--dtype", "float32"), loss=1e-6, gradient=2e-4, update=2e-4)
+
+QUICK: dict[Group, str] = {
+    MOE: "tp2+sp+cp2 pp2+vpp2 ep2",
+    DENSE: "cp2 pp2 bshd+cp2",
+    FLOAT32_MOE: "cp2+ep2",
+}
+SLOW: dict[Group, str] = {
+    MOE: """
+        tp2+sp cp2 cp4 pp2 pp4 tp4+sp ep2+dp2+distopt ep2+cp2 ep2+pp2 tp2+sp+ep2+etp1 tp2+sp+pp2 cp2+pp2
+        bshd+cp2 bshd+cp4 bshd+tp2+sp bshd+pp2 bshd+ep2 dp2+distopt recompute selective recompute_vision
+        cp2+recompute+recompute_vision cp2+allgather pp2+first1+last3 no_mtp+cp2 no_mtp+pp2
+    """,
+    DENSE: """
+        tp2+sp cp4 pp4 pp2+vpp2 tp4+sp dp2+distopt tp2+sp+cp2 tp2+sp+pp2 cp2+pp2 bshd+cp4 bshd+tp2+sp+pp2
+        recompute selective recompute_vision cp2+allgather pp2+first1+last3 no_mtp+tp2+sp
+    """,
+    SGD: "tp2+sp cp2 pp2 ep2",
+    FLOAT32_MOE: "tp2+sp cp2 pp2 ep2 tp2+sp+cp2",
+    FLOAT32_DENSE: "tp2+sp cp2 pp2 dp2+distopt tp2+sp+cp2",
+}
+CASES = [
+    *(pytest.param(group, name) for group, names in QUICK.items() for name in names.split()),
+    *(
+        pytest.param(group, name, marks=pytest.mark.slow)
+        for group, names in SLOW.items()
+        for name in names.split()
+    ),
+]
+
+type Results = dict[str, dict[str, Any]]
+
+
+def compare(folder: Path, arguments: tuple[str, ...], layouts: list[str]) -> Results:
+    """Run the script; every layout's figures, the references' among them."""
+    file = folder / "results.json"
+    # The tests judge for themselves.
+    command = [sys.executable, str(SCRIPT), *arguments, "--tolerance", "inf", "--json", str(file)]
+    run = subprocess.run(
+        [*command, "--output", str(folder), "--layouts", *layouts], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    print(run.stdout)
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Group], Results]:
+    """Each group's figures, of the layouts that this run of pytest selected, by one call of the script."""
+    selected: dict[Group, list[str]] = defaultdict(list)
+    for item in request.session.items:
+        if item.path == request.path and "layout" in item.callspec.params:
+            selected[item.callspec.params["group"]].append(item.callspec.params["layout"])
+    known: dict[Group, Results] = {}
+
+    def of(group: Group) -> Results:
+        if group not in known:
+            known[group] = compare(tmp_path_factory.mktemp(group.name), group.arguments, selected[group])
+        return known[group]
+
+    return of
+
+
+@pytest.mark.parametrize(("group", "layout"), CASES)
+def test_layout_trains_the_same_model(group: Group, layout: str, results: Callable[[Group], Results]) -> None:
+    figures = results(group)
+    result = figures[layout]
+    assert result["loss_error"] < group.loss
+    assert result["worst_gradient"][0] < group.gradient, result["worst_gradient"]
+    assert result["worst_update"][0] < group.update, result["worst_update"]
+    for name, values in result["logged"].items():
+        one_rank = figures["one+bshd" if "bshd" in layout else "one+thd"]["logged"][name]
+        assert values == pytest.approx(one_rank, rel=1e-6)  # TensorBoard's float32
+
+
+@pytest.mark.parametrize("group", [pytest.param(group, id=group.name) for group in QUICK])
+def test_the_reference_proves_something(group: Group, results: Callable[[Group], Results]) -> None:
+    """Every tensor has a gradient, some micro-batch no image and some several; float32 routers have no near ties."""
+    one_rank = results(group)["one+thd"]
+    assert one_rank["zero_gradients"] == []
+    assert min(one_rank["images"]) == 0 and max(one_rank["images"]) > 1
+    if group is FLOAT32_MOE:
+        assert one_rank["router_margin"] > 1e-3
