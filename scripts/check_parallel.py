@@ -69,7 +69,9 @@ class Comparison:
             *("--tensorboard-dir", str(self.folder / layout.name / "tensorboard")),
             *optimizers[args.optimizer],
         ]
-        flags += ["--bf16"] * (args.dtype == "bf16") + ["--use-packed-sequence"] * layout.packed
+        # The router's float32 would go to Transformer Engine where it is installed, which has no float64.
+        precision = {"bf16": ["--bf16"], "float32": [], "float64": ["--moe-router-dtype", "fp64"]}
+        flags += precision[args.dtype] + ["--use-packed-sequence"] * layout.packed
         return [*flags, *layout.flags, *args.flags]
 
     def refusals(self, layout: Layout) -> list[str]:

@@ -37,7 +37,10 @@ def run(architecture: Qwen35VLConfig, folder: Path, impl: str, dtype: torch.dtyp
     from models.qwen35_vl.hf_weights import export_hf_state, load_hf_state
     from models.qwen35_vl.inputs import Qwen35VLInputs
 
-    model = build_model(architecture, folder, dtype, "--transformer-impl", impl, "--allow-slow-kernels").cuda()
+    flags = ["--transformer-impl", impl, "--allow-slow-kernels"]
+    if dtype == torch.float64:
+        flags += ["--moe-router-dtype", "fp64"]  # else the router calls Transformer Engine's product, which has none
+    model = build_model(architecture, folder, dtype, *flags).cuda()
     weights = weights or {name: tensor.clone() for name, tensor in export_hf_state(model, architecture).items()}
     load_hf_state(model, weights, architecture)
     model = model.to(dtype)

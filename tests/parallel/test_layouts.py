@@ -92,8 +92,8 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Each group's figures, of the layouts that this run of pytest selected, by one call of the script."""
     selected: dict[Group, list[str]] = defaultdict(list)
     for item in request.session.items:
-        if item.path == request.path and "layout" in item.callspec.params:
-            selected[item.callspec.params["group"]].append(item.callspec.params["layout"])
+        if item.path == request.path:
+            selected[item.callspec.params["group"]].append(item.callspec.params.get("layout", "one"))
     known: dict[Group, Results] = {}
 
     def of(group: Group) -> Results:
