@@ -8,6 +8,7 @@ rank wrote: each copy of a replicated parameter by itself, slices of a sharded o
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import zlib
@@ -234,6 +235,8 @@ class Watch:
             for piece, mine in shares:
                 expected = FileSlice(reference, piece.name)[piece.foreign_index]
                 square = (mine.cpu().double().reshape(expected.shape) - expected.double()).square().sum().item()
+                if math.isnan(square):
+                    square = math.inf  # which no maximum loses
                 key = (piece.name, str(piece.foreign_index))
                 known, _ = differences.get(key, (0.0, 0))
                 differences[key] = (max(known, square), expected.numel())

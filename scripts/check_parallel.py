@@ -2,6 +2,7 @@
 
     python scripts/check_parallel.py --variant tiny_moe --layouts tp2+sp cp2 pp2+vpp2 ep2 fsdp2
     python scripts/check_parallel.py --variant 0.8b --dtype bf16 --layouts tp2+sp+cp2 -- --transformer-impl local
+    python scripts/check_parallel.py ... --nnodes 2 --node-rank 0 --master-addr HOST --output SHARED    # on each node
 
 Runs a few steps of the real training loop on one rank and in each layout, from the same weights and on the same
 documents; torchrun's launcher starts the ranks. Prints losses, gradient norms, the worst error of any parameter's
@@ -14,11 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import os
 import sys
 import tempfile
-import uuid
+import time
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +82,16 @@ class Comparison:
             arguments.preflight(self.command_line(layout), detect(), layout.world_size)
         except arguments.Refused as refused:
             return refused.problems
-        gpus = count_gpus()
-        if 0 < gpus < layout.world_size:
-            return [f"needs {layout.world_size} ranks, and this machine has {gpus} GPUs"]
+        nodes, gpus = self.nodes(layout), count_gpus()
+        if layout.world_size % nodes:
+            return [f"its {layout.world_size} ranks don't spread evenly over --nnodes {nodes}; add data ranks (dp)"]
+        if 0 < gpus < layout.world_size // nodes:
+            return [f"needs {layout.world_size // nodes} ranks on a node, and this one has {gpus} GPUs"]
         return []
+
+    def nodes(self, layout: Layout) -> int:
+        """Machines that a layout runs on: a single rank on the first."""
+        return 1 if layout.world_size == 1 else self.args.nnodes
 
     def run(self, layout: Layout, reference: Path) -> dict[str, Any]:
         """Run one layout; a `runtime.layout_run.Result` as a dictionary, with what TensorBoard recorded.
@@ -92,33 +100,44 @@ class Comparison:
             ChildFailedError: a rank failed; the message holds its traceback.
         """
         folder = self.folder / layout.name
-        folder.mkdir(parents=True, exist_ok=True)
-        job = Job(
-            flags=tuple(self.command_line(layout)),
-            float64=self.args.dtype == "float64",
-            reference=str(reference),
-            is_reference=reference == folder,
-            result=str(folder / "result.json"),
-        )
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=layout.world_size,
-            run_id=uuid.uuid4().hex,
+        result = folder / "result.json"
+        if self.nodes(layout) == 1 and self.args.node_rank:
+            while not result.exists():  # the first node runs it; the shared folder shows when it is done
+                time.sleep(1)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            job = Job(
+                flags=tuple(self.command_line(layout)),
+                float64=self.args.dtype == "float64",
+                reference=str(reference),
+                is_reference=reference == folder,
+                result=str(result),
+            )
+            elastic_launch(self.launch(layout, folder), run_rank)(job)
+        return json.loads(result.read_text()) | {"logged": _logged(folder / "tensorboard")}
+
+    def launch(self, layout: Layout, folder: Path) -> LaunchConfig:
+        """torchrun's settings for this node's part of a layout's ranks."""
+        nodes = self.nodes(layout)
+        return LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=layout.world_size // nodes,
+            run_id=layout.name,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint="localhost:0" if nodes == 1 else f"{self.args.master_addr}:{self.args.master_port}",
             max_restarts=0,
             # Ranks on CPU start as copies of a process that has imported everything; CUDA can't be copied.
             start_method="spawn" if count_gpus() else "forkserver",
-            logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL),
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder / f"logs-{self.args.node_rank}"), redirects=Std.ALL),
         )
-        elastic_launch(config, run_rank)(job)
-        return json.loads(Path(job.result).read_text()) | {"logged": _logged(folder / "tensorboard")}
 
 
 def main() -> None:
     args = _parse()
     comparison = Comparison(args, Path(args.output or tempfile.mkdtemp(prefix="check-parallel-")))
+    if args.node_rank == 0 and comparison.folder.exists() and any(comparison.folder.iterdir()):
+        _refuse([f"--output {comparison.folder}: not empty; name a new folder"])
     layouts = _with_references(args.layouts)
     problems = [f"{layout.name}: {problem}" for layout in layouts for problem in comparison.refusals(layout)]
     if problems:
@@ -128,9 +147,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # while it starts; a rank takes its share of the cores
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of what isn't installed; a rank's log has its own
     print(f"{args.variant}, {args.dtype}, {args.steps} steps of {args.optimizer}; logs in {comparison.folder}")
-    print(
-        _row("layout", "ranks", "loss", "grad norm", "loss error", "gradient error", "update error", "GB", "tokens/s")
-    )
+    print(_row(*COLUMNS))
     results: dict[str, dict[str, Any]] = {}
     for layout in layouts:
         reference = comparison.folder / layout.reference
@@ -153,9 +170,10 @@ def main() -> None:
 
 def summary(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """A result with its worst errors: loss against the reference's, and (error, HF tensor) of gradient and update."""
-    worst_loss = max(
+    differences = [
         abs(mine - theirs) / abs(theirs) for mine, theirs in zip(result["losses"], reference["losses"], strict=True)
-    )
+    ]
+    worst_loss = max(math.inf if math.isnan(difference) else difference for difference in differences)
     worst = {
         f"worst_{what}": max(((error, name) for name, error in result[f"{what}_errors"].items()))
         for what in ("gradient", "update")
@@ -227,8 +245,14 @@ def _parse() -> Namespace:
     parser.add_argument("--tolerance", type=float, default=None, help=f"of a gradient; default: {TOLERANCES}")
     parser.add_argument("--json", default=None, metavar="FILE", help="write every tensor's error to this file")
     parser.add_argument("--output", default=None, metavar="DIR", help="weights, gradients and logs; default: a new one")
+    parser.add_argument("--nnodes", type=int, default=1, help="machines; start this on each, with the same --output")
+    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is; the first runs single ranks")
+    parser.add_argument("--master-addr", default=None, help="a name or address of the first node")
+    parser.add_argument("--master-port", type=int, default=29500, help="a free port there (default: %(default)s)")
     args = parser.parse_args(own)
     args.flags = flags
+    if args.nnodes > 1 and not (args.output and args.master_addr):
+        _refuse(["--nnodes: needs --master-addr, and --output with a folder that all nodes share"])
     args.dtype = args.dtype or ("bf16" if count_gpus() else "float64")
     try:
         args.layouts = [parse_layout(name) for name in args.layouts]
