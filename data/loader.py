@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from models.spec import ModelSpec
 
 # A batch's header is at most this long, so that its broadcast needs no length first.
-HEADER_BYTES = 1 << 13
+HEADER_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,7 @@ def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin |
         seq_len=args.seq_length,
         dtype=args.params_dtype,
         pad_token_id=processor.tokenizer.pad_token_id if processor else 0,
+        vision_ranks=1 if args.redundant_vision else args.context_parallel_size,
     )
 
     def split(name: Split, micro_batch_size: int, global_batch_size: int) -> BatchReader:

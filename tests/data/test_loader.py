@@ -147,7 +147,7 @@ def test_an_error_names_the_sample(workers: int) -> None:
 
 def test_stages_without_the_encoder_load_no_pixels() -> None:
     dataset = ToyDataset([8, 8], [16, 8])
-    assert next(reader(dataset=dataset)).vision["pixel_values"].size(0) in (16, 8)
+    assert next(reader(dataset=dataset)).vision[0]["pixel_values"].size(0) in (16, 8)
     assert next(reader(dataset=dataset, with_vision=False)).vision is None
 
 
@@ -200,6 +200,7 @@ def arguments(**changes: object) -> Namespace:
             "save": None,
             "virtual_pipeline_model_parallel_size": None,
             "context_parallel_size": 1,
+            "redundant_vision": False,
             "tensor_model_parallel_size": 1,
             "sequence_parallel": False,
         }
@@ -314,8 +315,8 @@ def test_two_ranks_get_the_same_batches_in_two_collectives_each(tmp_path: Path) 
             assert batch.stats == expected.stats
             assert batch.input_ids.tolist() == expected.input_ids.tolist()
             assert torch.equal(batch.position_ids, expected.position_ids)
-            assert torch.equal(batch.vision["pixel_values"], expected.vision["pixel_values"])
-            assert batch.vision["max_seqlen"] == expected.vision["max_seqlen"]
+            assert torch.equal(batch.vision[0]["pixel_values"], expected.vision[0]["pixel_values"])
+            assert batch.vision[0]["max_seqlen"] == expected.vision[0]["max_seqlen"]
 
 
 @pytest.mark.parametrize(("data_size", "workers"), [(1, 0), (1, 2), (2, 0), (2, 1)])
