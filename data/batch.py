@@ -80,10 +80,6 @@ class Batch:
     feature_rows: int | None
     stats: BatchStats
 
-    def without_vision(self) -> Self:
-        """For the pipeline stages behind the first."""
-        return replace(self, vision=None)
-
     def __copy__(self) -> Self:
         """Megatron keeps a copy of every micro-batch of a step; copying by `__reduce__` would copy the pixels."""
         return replace(self)
@@ -106,6 +102,7 @@ def collate(
     dtype: torch.dtype,
     pad_token_id: int,
     vision_ranks: int = 1,
+    with_vision: bool = True,
 ) -> Batch:
     """Make a micro-batch.
 
@@ -118,13 +115,14 @@ def collate(
         dtype: of the pixels.
         pad_token_id: input id and label of padding.
         vision_ranks: context-parallel ranks that share the images; 1 when each encodes all of them.
+        with_vision: this pipeline stage runs the vision encoder; elsewhere the samples' pixels aren't looked at.
 
     Raises:
         ValueError: a sample contradicts itself or is too long; the message names it.
     """
     samples = [sample for pack in packs for sample in pack]
     for sample in samples:
-        _check(sample, model_inputs, seq_len)
+        _check(sample, model_inputs, seq_len, with_vision=with_vision)
     lengths = [len(sample.input_ids) for sample in samples]
     if packed:
         padded = [-(-length // alignment) * alignment for length in lengths]
@@ -157,7 +155,7 @@ def collate(
         vision_index=_vision_index(lay_out(_placeholders(samples, model_inputs), False), images.feature_index()),
         cu_seqlens=cu_seqlens,
         max_seqlen=max(padded),
-        vision=_vision(samples, images, model_inputs, dtype),
+        vision=_vision(samples, images, model_inputs, dtype) if with_vision else None,
         feature_rows=images.feature_rows if vision_ranks > 1 else None,
         stats=BatchStats(
             documents=len(samples),
@@ -174,14 +172,14 @@ def collate(
     )
 
 
-def _check(sample: Sample, model_inputs: ModelInputs, seq_len: int) -> None:
+def _check(sample: Sample, model_inputs: ModelInputs, seq_len: int, *, with_vision: bool) -> None:
     length = len(sample.input_ids)
     if not 0 < length <= seq_len:
         raise ValueError(f"{sample.id}: {length} tokens; a sample has at least 1 and at most --seq-length {seq_len}")
     if len(sample.trained) != length:
         raise ValueError(f"{sample.id}: {len(sample.trained)} marks of trained tokens for {length} tokens")
     patches = int(sample.grid_thw.prod(-1).sum())
-    if sample.pixel_values.shape != (patches, model_inputs.patch_dim):
+    if with_vision and sample.pixel_values.shape != (patches, model_inputs.patch_dim):
         raise ValueError(
             f"{sample.id}: pixel_values are {tuple(sample.pixel_values.shape)}; its image grids "
             f"{sample.grid_thw.tolist()} and the model say {(patches, model_inputs.patch_dim)}"

@@ -57,8 +57,9 @@ def reader(
         seq_len=12,
         dtype=torch.float32,
         pad_token_id=PAD,
+        with_vision=with_vision,
     )
-    ranks = Ranks(data_rank, data_size, group, group, with_vision=with_vision)
+    ranks = Ranks(data_rank, data_size, group, group)
     return BatchReader(
         source,
         collate_packs,
@@ -148,7 +149,7 @@ def test_an_error_names_the_sample(workers: int) -> None:
 def test_stages_without_the_encoder_load_no_pixels() -> None:
     dataset = ToyDataset([8, 8], [16, 8])
     assert next(reader(dataset=dataset)).vision[0]["pixel_values"].size(0) in (16, 8)
-    assert next(reader(dataset=dataset, with_vision=False)).vision is None
+    assert next(reader(dataset=dataset.without_pixels(), with_vision=False)).vision is None
 
 
 def test_model_chunks_see_the_same_batches_in_any_order() -> None:
@@ -270,6 +271,20 @@ def test_a_checkpoint_with_another_order_is_warned_about(
     changed = provide(**resumed, seq_length=13)[0]
     assert changed.source.position == 2
     assert "WARNING: the data's order has changed since the checkpoint: it was toy/train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first_stage", [True, False])
+def test_only_the_stage_with_the_encoder_asks_for_pixels(
+    first_stage: bool, provide: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import mpu
+
+    monkeypatch.setattr(mpu, "is_pipeline_first_stage", lambda ignore_virtual: first_stage)
+    asked: list[str] = []
+    monkeypatch.setattr(ToyDataset, "without_pixels", lambda self: asked.append(self.name) or self)
+    train, *_ = provide(eval_iters=0)
+    assert (next(train).vision is not None) == first_stage
+    assert asked == ([] if first_stage else ["toy/train"])
 
 
 def test_the_log_says_what_was_dropped(provide: Callable[..., tuple], capsys: pytest.CaptureFixture[str]) -> None:
