@@ -72,7 +72,8 @@ class SampleDataset(Protocol):
         ...
 
     def without_pixels(self) -> Self:
-        """The same samples for a pipeline stage that doesn't run the vision encoder: pixel_values are [0, D]."""
+        """The same samples for a pipeline stage that doesn't run the vision encoder: nothing reads pixel_values, so
+        they may be [0, D]. The dataset itself will do where pixels cost nothing."""
         ...
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS
+from runtime.float64 import float64, relative_error
 from tests.build_decoder import roughen
 from tests.build_model import build_model
-from tests.float64 import float64, relative_error
 from tests.models.test_hf_parity import make_sample
 from tests.ranks import run_on_ranks
 
