@@ -84,6 +84,11 @@ def _add_model_args(parser: ArgumentParser) -> None:
         help="Recompute every ViT layer in backward; the decoder has Megatron's --recompute-* flags",
     )
     group.add_argument(
+        "--redundant-vision",
+        action="store_true",
+        help="Every context-parallel rank encodes all images; default: the ranks share them, each is encoded once",
+    )
+    group.add_argument(
         "--allow-slow-kernels",
         action="store_true",
         help="On a GPU, run plain torch kernels where flash-linear-attention or Transformer Engine is missing",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.pack import Pack
 from models.spec import BatchShape, ModelInputs
+from runtime.context_parallel import partition_images
 
 if TYPE_CHECKING:
     from data.sample import Sample
@@ -31,7 +32,8 @@ class BatchStats:
 
     tokens and padding_tokens add up to the tokens that the model processes; flops are forward and backward.
     mean_trained_tokens is trained_tokens averaged over the step's micro-batches and data ranks: what the MoE routers'
-    auxiliary losses weigh against.
+    auxiliary losses weigh against. busiest_patches and mean_patches are of the patches that the vision encoder runs on
+    in each context-parallel rank.
     """
 
     documents: int
@@ -41,6 +43,8 @@ class BatchStats:
     padding_tokens: int
     images: int
     patches: int
+    busiest_patches: int
+    mean_patches: float
     flops: float
 
 
@@ -53,11 +57,15 @@ class Batch:
     loss_mask: [B, S] float32, 1 where labels[i] is trained.
     padding_mask: [B, S] bool, True on padding.
     position_ids: [3, B, S] int64.
-    vision_index: [B, S] int64, row of the vision features that replaces this token's embedding; -1 for text.
+    vision_index: [B, S] int64, row of the vision features that replaces this token's embedding; -1 for text. Shared
+        features are the ranks' one after another, feature_rows each.
     cu_seqlens: [N + 1] int32 over padded documents, cu_seqlens[-1] == T; None in BSHD.
     max_seqlen: longest padded document (BSHD: S).
-    vision: the vision encoder's keyword arguments, pixel_values [P, D] among them; None on pipeline stages that
-        don't run it.
+    vision: the vision encoder's keyword arguments, pixel_values [P, D] among them, for each context-parallel rank
+        when the ranks share the images (`partition_batch` leaves this rank's), else once; None on pipeline stages
+        that don't run it.
+    feature_rows: rows that each rank's features are padded to before they are gathered; None when every rank encodes
+        all images.
     """
 
     input_ids: Tensor
@@ -68,12 +76,9 @@ class Batch:
     vision_index: Tensor
     cu_seqlens: Tensor | None
     max_seqlen: int
-    vision: dict[str, Tensor | int] | None
+    vision: tuple[dict[str, Tensor | int], ...] | None
+    feature_rows: int | None
     stats: BatchStats
-
-    def without_vision(self) -> Self:
-        """For the pipeline stages behind the first."""
-        return replace(self, vision=None)
 
     def __copy__(self) -> Self:
         """Megatron keeps a copy of every micro-batch of a step; copying by `__reduce__` would copy the pixels."""
@@ -96,6 +101,8 @@ def collate(
     seq_len: int,
     dtype: torch.dtype,
     pad_token_id: int,
+    vision_ranks: int = 1,
+    with_vision: bool = True,
 ) -> Batch:
     """Make a micro-batch.
 
@@ -107,13 +114,15 @@ def collate(
         seq_len: no sample is longer.
         dtype: of the pixels.
         pad_token_id: input id and label of padding.
+        vision_ranks: context-parallel ranks that share the images; 1 when each encodes all of them.
+        with_vision: this pipeline stage runs the vision encoder; elsewhere the samples' pixels aren't looked at.
 
     Raises:
         ValueError: a sample contradicts itself or is too long; the message names it.
     """
     samples = [sample for pack in packs for sample in pack]
     for sample in samples:
-        _check(sample, model_inputs, seq_len)
+        _check(sample, model_inputs, seq_len, with_vision=with_vision)
     lengths = [len(sample.input_ids) for sample in samples]
     if packed:
         padded = [-(-length // alignment) * alignment for length in lengths]
@@ -136,17 +145,18 @@ def collate(
     input_ids = lay_out([sample.input_ids for sample in samples], pad_token_id)
     loss_mask = lay_out([sample.trained[1:] for sample in samples], False)
     grid_thw = torch.cat([sample.grid_thw for sample in samples])
-    patches = int(grid_thw.prod(-1).sum())
+    images = _Images.of(grid_thw, model_inputs, vision_ranks)
     return Batch(
         input_ids=input_ids,
         labels=lay_out([sample.input_ids[1:] for sample in samples], pad_token_id),
         loss_mask=loss_mask.float(),
         padding_mask=~lay_out(real_tokens, False),
         position_ids=lay_out(positions, 0),
-        vision_index=_vision_index(lay_out(_placeholders(samples, model_inputs), False)),
+        vision_index=_vision_index(lay_out(_placeholders(samples, model_inputs), False), images.feature_index()),
         cu_seqlens=cu_seqlens,
         max_seqlen=max(padded),
-        vision=_vision(samples, grid_thw, model_inputs, dtype),
+        vision=_vision(samples, images, model_inputs, dtype) if with_vision else None,
+        feature_rows=images.feature_rows if vision_ranks > 1 else None,
         stats=BatchStats(
             documents=len(samples),
             tokens=sum(lengths),
@@ -154,20 +164,22 @@ def collate(
             mean_trained_tokens=float(loss_mask.sum()),  # of this one alone; the loader knows the step
             padding_tokens=sum(padded) - sum(lengths),
             images=len(grid_thw),
-            patches=patches,
+            patches=sum(images.patches),
+            busiest_patches=max(images.encoded_patches),
+            mean_patches=sum(images.encoded_patches) / vision_ranks,
             flops=model_inputs.flops(BatchShape(tuple(padded), grid_thw)),
         ),
     )
 
 
-def _check(sample: Sample, model_inputs: ModelInputs, seq_len: int) -> None:
+def _check(sample: Sample, model_inputs: ModelInputs, seq_len: int, *, with_vision: bool) -> None:
     length = len(sample.input_ids)
     if not 0 < length <= seq_len:
         raise ValueError(f"{sample.id}: {length} tokens; a sample has at least 1 and at most --seq-length {seq_len}")
     if len(sample.trained) != length:
         raise ValueError(f"{sample.id}: {len(sample.trained)} marks of trained tokens for {length} tokens")
     patches = int(sample.grid_thw.prod(-1).sum())
-    if sample.pixel_values.shape != (patches, model_inputs.patch_dim):
+    if with_vision and sample.pixel_values.shape != (patches, model_inputs.patch_dim):
         raise ValueError(
             f"{sample.id}: pixel_values are {tuple(sample.pixel_values.shape)}; its image grids "
             f"{sample.grid_thw.tolist()} and the model say {(patches, model_inputs.patch_dim)}"
@@ -185,22 +197,74 @@ def _placeholders(samples: Sequence[Sample], model_inputs: ModelInputs) -> list[
     return [sample.input_ids == model_inputs.image_token_id for sample in samples]
 
 
-def _vision_index(placeholders: Tensor) -> Tensor:
-    """[B, S] bool -> [B, S] int64: features come in the order of their placeholders, row after row."""
-    counted = placeholders.flatten().cumsum(0).view_as(placeholders) - 1
-    return torch.where(placeholders, counted, -1)
+def _vision_index(placeholders: Tensor, feature_index: Tensor) -> Tensor:
+    """[B, S] bool and [V] int64 -> [B, S] int64: images come in the order of their placeholders, row after row."""
+    index = torch.full(placeholders.shape, -1)
+    index[placeholders] = feature_index
+    return index
+
+
+@dataclass(frozen=True)
+class _Images:
+    """A micro-batch's images, and which rank encodes which.
+
+    grid_thw: [I, 3] int64.
+    patches: of each image.
+    merged: patches that become one feature.
+    shares: the images of each rank, in ascending order.
+    """
+
+    grid_thw: Tensor
+    patches: list[int]
+    merged: int
+    shares: list[list[int]]
+
+    @classmethod
+    def of(cls, grid_thw: Tensor, model_inputs: ModelInputs, ranks: int) -> Self:
+        # FLOPs rather than patches: attention in a frame grows with the square of its patches.
+        costs = [model_inputs.flops(BatchShape((), image)) for image in grid_thw.split(1)] if len(grid_thw) else []
+        shares = partition_images(costs, ranks)
+        return cls(grid_thw, grid_thw.prod(-1).tolist(), model_inputs.merge_size**2, shares)
+
+    @property
+    def encoded_patches(self) -> list[int]:
+        """Patches that each rank's encoder runs on: one feature's without an image."""
+        return [sum(self.patches[image] for image in share) or self.merged for share in self.shares]
+
+    @property
+    def feature_rows(self) -> int:
+        """Features of the rank with the most."""
+        return max(self.encoded_patches) // self.merged
+
+    def feature_index(self) -> Tensor:
+        """[V] int64: the row of each feature, image by image, in the ranks' padded features one after another."""
+        rows: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * len(self.patches)
+        for rank, share in enumerate(self.shares):
+            row = rank * self.feature_rows
+            for image in share:
+                features = self.patches[image] // self.merged
+                rows[image] = torch.arange(row, row + features)
+                row += features
+        return torch.cat([torch.empty(0, dtype=torch.int64), *rows])
 
 
 def _vision(
-    samples: Sequence[Sample], grid_thw: Tensor, model_inputs: ModelInputs, dtype: torch.dtype
-) -> dict[str, Tensor | int]:
-    """The encoder's inputs. Without an image, one merged patch of zeros: every rank runs the encoder, or some hang."""
-    pixel_values = torch.cat([sample.pixel_values for sample in samples]).to(dtype)
-    if len(grid_thw) == 0:
-        merge = model_inputs.merge_size
-        grid_thw = torch.tensor([[1, merge, merge]])
-        pixel_values = torch.zeros(merge * merge, model_inputs.patch_dim, dtype=dtype)
-    return {"pixel_values": pixel_values, **model_inputs.vision_inputs(grid_thw)}
+    samples: Sequence[Sample], images: _Images, model_inputs: ModelInputs, dtype: torch.dtype
+) -> tuple[dict[str, Tensor | int], ...]:
+    """The encoder's inputs of each rank. Without an image, one merged patch of zeros: every rank runs the encoder, or
+    some hang."""
+    pixels = [image for sample in samples for image in sample.pixel_values.split(sample.grid_thw.prod(-1).tolist())]
+    merge = model_inputs.merge_size
+    of_ranks = []
+    for share in images.shares:
+        if share:
+            grid_thw = images.grid_thw[share]
+            pixel_values = torch.cat([pixels[image] for image in share]).to(dtype)
+        else:
+            grid_thw = torch.tensor([[1, merge, merge]])
+            pixel_values = torch.zeros(merge * merge, model_inputs.patch_dim, dtype=dtype)
+        of_ranks.append({"pixel_values": pixel_values, **model_inputs.vision_inputs(grid_thw)})
+    return tuple(of_ranks)
 
 
 @dataclass(frozen=True)
@@ -238,8 +302,9 @@ def flatten(batch: Batch) -> FlatBatch:
     for field in fields(batch):
         value = getattr(batch, field.name)
         if field.name == "vision" and value is not None:
-            for name, entry in value.items():
-                place(f"vision.{name}", entry)
+            for rank, of_rank in enumerate(value):
+                for name, entry in of_rank.items():
+                    place(f"vision.{rank}.{name}", entry)
         elif field.name != "stats":
             place(field.name, value)
     header = {"bytes": size, "places": places, "stats": asdict(batch.stats)}
@@ -256,8 +321,11 @@ def unflatten(flat: FlatBatch) -> Batch:
         name: _view(flat.buffer, place) if isinstance(place, list) else place
         for name, place in header["places"].items()
     }
-    vision = {name.removeprefix("vision."): values.pop(name) for name in list(values) if name.startswith("vision.")}
-    return Batch(**{"vision": vision or None, **values}, stats=BatchStats(**header["stats"]))
+    vision: dict[str, dict[str, Tensor | int]] = {}  # by rank
+    for name in [name for name in values if name.startswith("vision.")]:
+        _, rank, argument = name.split(".", 2)
+        vision.setdefault(rank, {})[argument] = values.pop(name)
+    return Batch(**{"vision": tuple(vision.values()) or None, **values}, stats=BatchStats(**header["stats"]))
 
 
 def _view(buffer: Tensor, place: list[Any]) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from data.conversation import Conversations
 from data.images import PixelLimits
@@ -66,6 +68,11 @@ class ConversationDataset:
         if sample is None:
             raise IndexError(f"{conversation.id} is {outcome}")
         return sample
+
+    def without_pixels(self) -> Self:
+        dataset = copy.copy(self)
+        dataset.options = replace(self.options, pixels=False)
+        return dataset
 
 
 def _limits(processor: ProcessorMixin, options: SampleOptions) -> list[int | bool]:

@@ -16,6 +16,7 @@ from qwen_vl_utils import process_vision_info
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers.image_utils import SizeDict
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 ImageProcessor = Any  # transformers' Qwen2VLImageProcessor, of either backend: they share no typed base
 
@@ -66,15 +67,21 @@ def open_image(source: Image.Image | str | Path) -> Image.Image:
     )
 
 
-def count_patches(image: Image.Image, image_processor: ImageProcessor, limits: PixelLimits) -> int:
-    """Patches that the image will have, from its size alone.
+def patch_grid(image: Image.Image, image_processor: ImageProcessor, limits: PixelLimits) -> tuple[int, int, int]:
+    """Patches that the image will have in time, height and width, from its size alone.
 
     Raises:
         ValueError: one side is more than 200 times the other (the processor's own bound).
     """
-    width, height = image.size
-    limit = {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
-    return int(image_processor.get_number_of_image_patches(height, width, limit))
+    patch = image_processor.patch_size
+    height, width = smart_resize(
+        image.height,
+        image.width,
+        factor=patch * image_processor.merge_size,
+        min_pixels=limits.min_pixels,
+        max_pixels=limits.max_pixels,
+    )
+    return 1, height // patch, width // patch
 
 
 def process_images(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from models.spec import ModelSpec
 
 # A batch's header is at most this long, so that its broadcast needs no length first.
-HEADER_BYTES = 1 << 13
+HEADER_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,12 @@ class Ranks:
     data_rank, data_size: this rank's place among the data-parallel replicas.
     group: ranks that work on the same micro-batch of one pipeline stage (TP x CP); its first rank loads.
     header_group: the same ranks on gloo, so that receivers know a batch's shapes without waiting for their device.
-    with_vision: this pipeline stage runs the vision encoder.
     """
 
     data_rank: int
     data_size: int
     group: dist.ProcessGroup
     header_group: dist.ProcessGroup
-    with_vision: bool
 
     @property
     def loads(self) -> bool:
@@ -77,7 +75,6 @@ class MicroBatches(IterableDataset[FlatBatch]):
         self._global_batch_size = global_batch_size
         self._data_rank = ranks.data_rank
         self._data_size = ranks.data_size
-        self._with_vision = ranks.with_vision
 
     def __iter__(self) -> Iterator[FlatBatch]:
         worker = get_worker_info()
@@ -89,8 +86,7 @@ class MicroBatches(IterableDataset[FlatBatch]):
         while True:
             mean = self._mean_trained_tokens(reader.position, first)
             batch = self._collate([next(reader) for _ in range(self._micro_batch_size)])
-            batch = replace(batch, stats=replace(batch.stats, mean_trained_tokens=mean))
-            yield flatten(batch if self._with_vision else batch.without_vision())
+            yield flatten(replace(batch, stats=replace(batch.stats, mean_trained_tokens=mean)))
 
     def _mean_trained_tokens(self, position: int, first: int) -> float:
         """Of a micro-batch in the step that pack `position` belongs to: the plan knows it before anything is loaded.
@@ -279,8 +275,11 @@ def _share(readers: Readers, count: int) -> list[Readers]:
 
 
 def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None) -> Readers:
+    from megatron.core import mpu
+
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = _ranks(device)
+    with_vision = mpu.is_pipeline_first_stage(ignore_virtual=True)
     model_inputs = spec.model_inputs(args)
     collate_packs = partial(
         collate,
@@ -294,12 +293,14 @@ def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin |
         seq_len=args.seq_length,
         dtype=args.params_dtype,
         pad_token_id=processor.tokenizer.pad_token_id if processor else 0,
+        vision_ranks=1 if args.redundant_vision else args.context_parallel_size,
+        with_vision=with_vision,
     )
 
     def split(name: Split, micro_batch_size: int, global_batch_size: int) -> BatchReader:
         build = partial(spec.dataset_providers[args.dataset_provider].build, args, name, processor, model_inputs)
         dataset, sizes = _build_dataset(build, args.num_workers)
-        source = _pack_source(dataset, sizes, args)
+        source = _pack_source(dataset if with_vision else dataset.without_pixels(), sizes, args)
         return BatchReader(
             source,
             collate_packs,
@@ -343,7 +344,6 @@ def _ranks(device: torch.device) -> Ranks:
         data_size=mpu.get_data_parallel_world_size(),
         group=group,
         header_group=header_group,
-        with_vision=mpu.is_pipeline_first_stage(ignore_virtual=True),
     )
 
 

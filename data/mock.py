@@ -5,9 +5,11 @@ L tokens, P patches, D values of a patch.
 
 from __future__ import annotations
 
+import copy
 import zlib
 from argparse import Namespace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -62,6 +64,7 @@ class MockDataset:
         self._seed = (seed, zlib.crc32(self.name.encode()))
         self._inputs = model_inputs
         self._dtype = dtype
+        self._pixel_rows = self._patches
         if self._image_tokens + 2 > length:
             raise ValueError(
                 f"--image-size {image_size}: its {self._image_tokens} image tokens don't fit a sample of "
@@ -81,7 +84,7 @@ class MockDataset:
         input_ids = torch.from_numpy(numbers.integers(0, image_token_id * 9 // 10, self._length))
         start = (self._length - self._image_tokens) // 2
         input_ids[start : start + self._image_tokens] = image_token_id
-        pixels = torch.from_numpy(numbers.standard_normal((self._patches, self._inputs.patch_dim), dtype=np.float32))
+        pixels = torch.from_numpy(numbers.standard_normal((self._pixel_rows, self._inputs.patch_dim), dtype=np.float32))
         return Sample(
             input_ids=input_ids,
             trained=input_ids != image_token_id,
@@ -89,6 +92,11 @@ class MockDataset:
             grid_thw=self._grid,
             id=f"{self.name}/{index}",
         )
+
+    def without_pixels(self) -> Self:
+        dataset = copy.copy(self)
+        dataset._pixel_rows = 0
+        return dataset
 
 
 def build(args: Namespace, split: Split, model_inputs: ModelInputs) -> MockDataset:

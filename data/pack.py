@@ -71,6 +71,11 @@ class SampleDataset(Protocol):
         """The sample, of exactly that size; called for samples that aren't dropped."""
         ...
 
+    def without_pixels(self) -> Self:
+        """The same samples for a pipeline stage that doesn't run the vision encoder: nothing reads pixel_values, so
+        they may be [0, D]. The dataset itself will do where pixels cost nothing."""
+        ...
+
 
 class PackSource(Protocol):
     """What the loader reads. An indexed source's state is an integer; a stream's would be its own."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -76,6 +77,9 @@ class RaggedDataset:
             grid_thw=grid_thw,
             id=f"{self.name}/{index}",
         )
+
+    def without_pixels(self) -> Self:
+        return self
 
     def _text(self, numbers: np.random.Generator, count: int) -> list[int]:
         """Ids below nine tenths of the image token's: special ids sit beside it, at a vocabulary's end."""

@@ -15,6 +15,7 @@ import re
 from argparse import Namespace
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.conversation import Conversation, Message
-from data.images import PixelLimits, count_patches, open_image, process_images
+from data.images import PixelLimits, open_image, patch_dim, patch_grid, process_images
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -43,7 +44,7 @@ class Sample:
 
     input_ids: [L] int64, image placeholders already expanded (one id per merged patch).
     trained: [L] bool, this token is a target (answer and `<|im_end|>`); data/batch.py does the shift.
-    pixel_values: [P, D] in the training dtype, P may be 0.
+    pixel_values: [P, D] in the training dtype, P may be 0; [0, D] in a dataset `without_pixels`.
     grid_thw: [I, 3] int64, patches in time, height and width of each image; I may be 0.
     id: names the sample in error messages, for example "receipts/train/17".
     """
@@ -63,6 +64,7 @@ class SampleOptions:
     min_pixels, max_pixels: area that images are resized into; None is the processor's own limit.
     dtype: of pixel_values.
     strict_special_mask: train no special token, not even `<|im_end|>` (the in-tree example's rule).
+    pixels: False leaves pixel_values empty and decodes no image.
     """
 
     seq_len: int
@@ -70,6 +72,7 @@ class SampleOptions:
     max_pixels: int | None = None
     dtype: torch.dtype = torch.float32
     strict_special_mask: bool = False
+    pixels: bool = True
 
     @classmethod
     def of(cls, args: Namespace) -> SampleOptions:
@@ -98,14 +101,18 @@ class Encoded:
 
     input_ids, trained: one entry per token; empty when dropped.
     images: those of the turns that were kept.
-    patches: patches of each of these images.
+    grids: patches of each of these images in time, height and width.
     """
 
     input_ids: list[int]
     trained: list[bool]
     images: list[Image.Image]
-    patches: list[int]
+    grids: list[tuple[int, int, int]]
     outcome: Outcome
+
+    @property
+    def patches(self) -> list[int]:
+        return [prod(grid) for grid in self.grids]
 
 
 def build_sample(
@@ -128,7 +135,11 @@ def build_sample(
         return None, encoded.outcome
     image_processor = processor.image_processor
     limits = PixelLimits.of(image_processor, options.min_pixels, options.max_pixels)
-    pixel_values, grid_thw = process_images(encoded.images, image_processor, limits, options.dtype)
+    if options.pixels:
+        pixel_values, grid_thw = process_images(encoded.images, image_processor, limits, options.dtype)
+    else:
+        pixel_values = torch.empty(0, patch_dim(image_processor), dtype=options.dtype)
+        grid_thw = torch.tensor(encoded.grids, dtype=torch.int64).view(-1, 3)
     sample = Sample(
         input_ids=torch.tensor(encoded.input_ids, dtype=torch.int64),
         trained=torch.tensor(encoded.trained, dtype=torch.bool),
@@ -138,10 +149,11 @@ def build_sample(
     )
     placeholders = int((sample.input_ids == processor.image_token_id).sum())
     features = int(grid_thw.prod(-1).sum()) // image_processor.merge_size**2
-    if placeholders != features or len(pixel_values) != sum(encoded.patches):
+    expected = [list(grid) for grid in encoded.grids]
+    if placeholders != features or grid_thw.tolist() != expected:
         raise ValueError(
             f"{conversation.id}: {placeholders} image placeholders for {features} vision features "
-            f"({len(pixel_values)} patches, {sum(encoded.patches)} expected)"
+            f"(grids {grid_thw.tolist()}, {expected} expected)"
         )
     return sample, encoded.outcome
 
@@ -156,14 +168,14 @@ def encode(conversation: Conversation, processor: ProcessorMixin, options: Sampl
     limits = PixelLimits.of(processor.image_processor, options.min_pixels, options.max_pixels)
     for kept in _lengths_to_try(messages):
         images = _images(messages[:kept], conversation.id)
-        patches = []
+        grids = []
         for number, image in enumerate(images):
             try:
-                patches.append(count_patches(image, processor.image_processor, limits))
+                grids.append(patch_grid(image, processor.image_processor, limits))
             except ValueError as error:
                 size = f"{image.width} x {image.height} pixels"
                 raise ValueError(f"{conversation.id}: image {number} of {size}: {error}") from error
-        input_ids, trained = _tokenise(messages[:kept], patches, processor, conversation.id)
+        input_ids, trained = _tokenise(messages[:kept], [prod(grid) for grid in grids], processor, conversation.id)
         if len(input_ids) > options.seq_len:
             continue
         if options.strict_special_mask:
@@ -172,7 +184,7 @@ def encode(conversation: Conversation, processor: ProcessorMixin, options: Sampl
         if not any(trained):
             return Encoded([], [], [], [], Outcome.UNTRAINED)
         outcome = Outcome.WHOLE if kept == len(messages) else Outcome.CUT
-        return Encoded(input_ids, trained, images, patches, outcome)
+        return Encoded(input_ids, trained, images, grids, outcome)
     return Encoded([], [], [], [], Outcome.TOO_LONG)
 
 

@@ -1,16 +1,17 @@
 """MultimodalModel: a vision encoder in front of a GPTModel, one pipeline stage at a time.
 
 Shapes: S sequence (the CP rank's share; the SP rank's inside the decoder), B batch, H hidden, P patches,
-V vision features (P / merge_size^2).
+V vision features (P / merge_size^2), R rows that each rank's features are padded to.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -36,6 +37,23 @@ def merge_features(text: Tensor, features: Tensor, vision_index: Tensor) -> Tens
     is_text = index < 0
     rows = features.index_select(0, torch.where(is_text, spread, index).flatten())
     return torch.where(is_text.unsqueeze(-1), text, rows.view(*index.shape, -1).to(text.dtype))
+
+
+def gather_features(features: Tensor, rows: int, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The features of all context-parallel ranks, each of which encoded its share of the images.
+
+    In backward a rank gets the sum of all ranks' gradients for its rows (a reduce-scatter): each row is the embedding
+    of one token on one rank, and the other ranks add zeros.
+
+    Args:
+        features: [V, H] of this rank's images.
+        rows: R, at least V, the same on all ranks of the group.
+
+    Returns:
+        [ranks * R, H]: rank after rank, zeros behind each one's features.
+    """
+    padded = F.pad(features, (0, 0, 0, rows - features.size(0)))
+    return gather_from_sequence_parallel_region(padded, group=group)
 
 
 class MultimodalModel(MegatronModule):
@@ -86,6 +104,7 @@ class MultimodalModel(MegatronModule):
         position_ids: Tensor,
         vision_index: Tensor,
         vision: dict[str, Tensor | int] | None,
+        feature_rows: int | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
@@ -98,6 +117,7 @@ class MultimodalModel(MegatronModule):
             position_ids: [3, B, S] int64 for MRoPE, or what the decoder's position embedding takes.
             vision_index: [B, S] int64; see `merge_features`.
             vision: keyword arguments of the vision encoder; read on the first stage only.
+            feature_rows: R, when the context-parallel ranks share the images; None when `vision` has all of them.
             labels: [B, S] int64, already shifted; None asks for logits.
             loss_mask: [B, S] float32, 1 where the label is trained; MTP's loss needs it here.
             padding_mask: [B, S] bool, True on padding, which MoE routers leave out of their statistics.
@@ -107,7 +127,9 @@ class MultimodalModel(MegatronModule):
             [B, S] loss per token on the last stage ([B, S, vocabulary / TP] logits without labels), hidden states
             [S, B, H] on the others.
         """
-        decoder_input = self._embed(input_ids, position_ids, vision_index, vision) if self.pre_process else None
+        decoder_input = None
+        if self.pre_process:
+            decoder_input = self._embed(input_ids, position_ids, vision_index, vision, feature_rows)
         if padding_mask is not None and self.config.sequence_parallel:
             # GPTModel scatters the mask only where it embeds the tokens itself.
             padding_mask = (
@@ -127,9 +149,16 @@ class MultimodalModel(MegatronModule):
         )
 
     def _embed(
-        self, input_ids: Tensor, position_ids: Tensor, vision_index: Tensor, vision: dict[str, Tensor | int]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        vision_index: Tensor,
+        vision: dict[str, Tensor | int],
+        feature_rows: int | None,
     ) -> Tensor:
         features = self.vision_model(**vision)
+        if feature_rows is not None:
+            features = gather_features(features, feature_rows, self.pg_collection.cp)
         text = self.language_model.embedding(input_ids=input_ids, position_ids=position_ids)
         merged = merge_features(text, features, vision_index)
         if self.config.sequence_parallel:

@@ -50,7 +50,10 @@ class ModelInputs(Protocol):
         ...
 
     def flops(self, shape: BatchShape) -> float:
-        """Floating-point operations of forward and backward of one micro-batch, over all ranks that share it."""
+        """Floating-point operations of forward and backward of one micro-batch, over all ranks that share it.
+
+        Of a single image without documents too: context-parallel ranks share the images by this cost.
+        """
         ...
 
 

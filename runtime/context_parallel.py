@@ -1,15 +1,19 @@
-"""Which tokens a context-parallel rank holds.
+"""Which tokens a context-parallel rank holds, and which images it encodes.
 
 A sequence is cut into 2 * CP chunks, and rank r gets the chunks r and 2 * CP - 1 - r: under a causal mask early and
 late tokens then cost every rank the same. In BSHD the sequence is a row; in THD each document is cut by itself.
 The order is Transformer Engine's (`thd_get_partitioned_indices`), so its attention and ours agree on it. Nothing
 here waits for the device.
 
+Images are spread over the ranks whoever holds their tokens: each is encoded once, and the ranks' features are gathered
+(`models.base.gather_features`).
+
 S tokens of a row (THD: T of all documents), B rows, N documents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -70,8 +74,40 @@ def gathered_index(cp_size: int, *, length: int, cu_seqlens: Tensor | None, devi
     return torch.cat(parts).argsort()
 
 
+def partition_images(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Spread images over ranks: the costliest first, each to the rank with the least so far.
+
+    The costliest rank gets at most 4/3 - 1/(3 * ranks) of what the best spread gives it (Graham, "Bounds on
+    multiprocessing timing anomalies", 1969). Computed alike everywhere, so that no rank has to be told.
+
+    Args:
+        costs: of each image, in any unit.
+
+    Returns:
+        The images of each rank, in ascending order; some may have none.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for image in sorted(range(len(costs)), key=lambda image: -costs[image]):
+        rank = min(range(ranks), key=lambda rank: (loads[rank], len(shares[rank])))
+        loads[rank] += costs[image]
+        shares[rank].append(image)
+    return [sorted(share) for share in shares]
+
+
 def partition_batch(batch: Batch, cp_group: ProcessGroup) -> Batch:
-    """This rank's tokens of a batch. cu_seqlens, the images and the statistics stay the whole batch's."""
+    """This rank's tokens of a batch, and its images where they are shared.
+
+    cu_seqlens and the statistics stay the whole batch's.
+
+    Raises:
+        ValueError: the images are shared by another number of ranks, or the tokens can't be cut.
+    """
+    vision = batch.vision
+    if vision is not None and batch.feature_rows is not None:
+        if len(vision) != cp_group.size():
+            raise ValueError(f"images shared by {len(vision)} ranks in a context-parallel group of {cp_group.size()}")
+        vision = (vision[cp_group.rank()],)
     if cp_group.size() == 1:
         return batch
     index = partition_index(
@@ -89,4 +125,5 @@ def partition_batch(batch: Batch, cp_group: ProcessGroup) -> Batch:
         padding_mask=batch.padding_mask.index_select(-1, index),
         position_ids=batch.position_ids.index_select(-1, index),
         vision_index=batch.vision_index.index_select(-1, index),
+        vision=vision,
     )

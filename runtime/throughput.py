@@ -1,4 +1,4 @@
-"""Tokens/s, images/s, TFLOP/s and padding share for Megatron's own log line.
+"""Tokens/s, images/s, TFLOP/s, padding share and the balance of the vision work for Megatron's own log line.
 
 Megatron prints each key of a micro-batch's report as a ratio of sums over micro-batches and data-parallel ranks.
 So a rate is reported as a pair (amount, seconds): a micro-batch's amounts go out with the report of the one after
@@ -42,6 +42,9 @@ class Throughput:
         self._running = (stats, time.perf_counter())
         processed = stats.tokens + stats.padding_tokens
         report = {"padding share": (stats.padding_tokens, processed)}
+        if self._context_ranks > 1:
+            # Over a micro-batch's context-parallel ranks: 1 when all encode as many patches.
+            report["patches max/mean"] = (stats.busiest_patches, stats.mean_patches)
         if previous is None:
             return {**report, "tokens/s": (0.0, 1.0), "images/s": (0.0, 1.0), "TFLOP/s/GPU": (0.0, 1.0)}
         done, seconds = previous

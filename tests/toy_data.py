@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,6 +64,7 @@ class ToyDataset:
         self.fingerprint = str(self.lengths)
         self.cache_dir = cache_dir
         self.measured = 0
+        self.pixels = True
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -76,10 +79,16 @@ class ToyDataset:
         patches = self.patches[index]
         image = patches // ToyInputs.merge_size**2
         text = self.lengths[index] - image
-        return sample(
+        made = sample(
             [IMAGE] * image + [100 + index] * text,
             [0] * image + [1] * text,
             [[1, 2, patches // 2]] if patches else None,
             name=f"{self.name}/{index}",
             first_pixel=1000 * index,
         )
+        return made if self.pixels else replace(made, pixel_values=made.pixel_values[:0])
+
+    def without_pixels(self) -> ToyDataset:
+        dataset = copy.copy(self)
+        dataset.pixels = False
+        return dataset

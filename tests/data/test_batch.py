@@ -12,7 +12,10 @@ import torch
 from toy_data import PAD, ToyInputs, sample
 
 from data.batch import Batch, collate, flatten, unflatten
+from data.loader import HEADER_BYTES
 from data.sample import Sample
+from models.qwen35_vl.configuration import VARIANTS
+from models.qwen35_vl.inputs import Qwen35VLInputs
 
 # Three documents: an image in the middle, one token, two images side by side of unequal grids.
 MIDDLE = sample([5, 9, 6, 7], [0, 0, 1, 1], [[1, 2, 2]], name="toy/middle", first_pixel=100)
@@ -53,9 +56,9 @@ def test_thd_row() -> None:
         [[0, 100, 200, 300, 0, 0, 100, 200, 300, 400]],
     ]
     assert batch.max_seqlen == 5
-    assert batch.vision["pixel_values"][:, 0].tolist() == [*range(100, 104), *range(200, 212)]
-    assert batch.vision["cu_seqlens"].tolist() == [0, 4, 12, 16]
-    assert batch.vision["max_seqlen"] == 8
+    assert batch.vision[0]["pixel_values"][:, 0].tolist() == [*range(100, 104), *range(200, 212)]
+    assert batch.vision[0]["cu_seqlens"].tolist() == [0, 4, 12, 16]
+    assert batch.vision[0]["max_seqlen"] == 8
     stats = batch.stats
     assert (stats.documents, stats.tokens, stats.trained_tokens, stats.padding_tokens) == (3, 10, 3, 0)
     assert (stats.images, stats.patches, stats.flops) == (3, 16, 16 + 1 + 25 + 16)
@@ -105,13 +108,13 @@ def test_dtypes() -> None:
     assert batch.loss_mask.dtype == torch.float32
     assert batch.padding_mask.dtype == torch.bool
     assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.vision["pixel_values"].dtype == torch.bfloat16
+    assert batch.vision[0]["pixel_values"].dtype == torch.bfloat16
 
 
 def test_the_feature_at_an_index_is_the_placeholders() -> None:
     """Pixel rows tell which sample and patch a feature was made of."""
     batch = make([[ADJACENT, ONE], [MIDDLE]])
-    features = batch.vision["pixel_values"][:, 0].view(-1, 4).mean(-1)  # one merged patch: 4 rows
+    features = batch.vision[0]["pixel_values"][:, 0].view(-1, 4).mean(-1)  # one merged patch: 4 rows
     placeholders = batch.vision_index[0] >= 0
     assert (batch.input_ids[0][placeholders] == ToyInputs.image_token_id).all()
     assert features[batch.vision_index[0][placeholders]].tolist() == [201.5, 205.5, 209.5, 101.5]
@@ -120,11 +123,76 @@ def test_the_feature_at_an_index_is_the_placeholders() -> None:
 def test_without_an_image_the_encoder_gets_one_merged_patch_of_zeros() -> None:
     batch = make([[ONE]], dtype=torch.bfloat16)
     assert batch.vision_index.tolist() == [[-1]]
-    assert batch.vision["pixel_values"].shape == (4, 3)
-    assert batch.vision["pixel_values"].dtype == torch.bfloat16
-    assert not batch.vision["pixel_values"].any()
-    assert batch.vision["cu_seqlens"].tolist() == [0, 4]
+    assert batch.vision[0]["pixel_values"].shape == (4, 3)
+    assert batch.vision[0]["pixel_values"].dtype == torch.bfloat16
+    assert not batch.vision[0]["pixel_values"].any()
+    assert batch.vision[0]["cu_seqlens"].tolist() == [0, 4]
     assert (batch.stats.images, batch.stats.patches, batch.stats.flops) == (0, 0, 1)
+
+
+def test_ranks_share_the_images() -> None:
+    """ADJACENT's first image (8 patches) against the two of 4: a rank each; the index follows the images there."""
+    batch = make([[MIDDLE, ONE], [ADJACENT]], vision_ranks=2)
+    first, second = batch.vision
+    assert first["pixel_values"][:, 0].tolist() == [*range(200, 208)]
+    assert second["pixel_values"][:, 0].tolist() == [*range(100, 104), *range(208, 212)]
+    assert (first["cu_seqlens"].tolist(), second["cu_seqlens"].tolist()) == ([0, 8], [0, 4, 8])
+    assert batch.feature_rows == 2
+    check(batch, vision_index=[[-1, 2, -1, -1, -1, 0, 1, 3, -1, -1]])
+    stats = batch.stats
+    assert (stats.images, stats.patches, stats.busiest_patches, stats.mean_patches) == (3, 16, 8, 8.0)
+    assert_equal(unflatten(flatten(batch)), batch)
+
+
+def test_more_ranks_than_images() -> None:
+    """Ranks without an image encode a patch of zeros, whose features no token reads."""
+    batch = make([[ADJACENT]], vision_ranks=3)
+    assert [share["pixel_values"].size(0) for share in batch.vision] == [8, 4, 4]
+    assert not batch.vision[2]["pixel_values"].any()
+    assert batch.feature_rows == 2
+    check(batch, vision_index=[[0, 1, 2, -1, -1]])
+    assert (batch.stats.patches, batch.stats.busiest_patches, batch.stats.mean_patches) == (12, 8, 16 / 3)
+
+
+def test_ranks_share_no_image() -> None:
+    batch = make([[ONE]], vision_ranks=2)
+    assert [share["pixel_values"].size(0) for share in batch.vision] == [4, 4]
+    assert batch.feature_rows == 1
+    assert batch.vision_index.tolist() == [[-1]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_shared_features_reach_the_same_tokens(ranks: int, packed: bool) -> None:
+    """Each feature is the number of its first pixel row: gathered from any number of ranks, the tokens see the same."""
+    packs = [[ADJACENT], [MIDDLE], [ONE], [sample([9] * 6 + [1], [1] * 7, [[1, 2, 2], [2, 2, 4], [1, 2, 2]])]]
+    batch, alone = (make(packs, packed=packed, vision_ranks=n) for n in (ranks, 1))
+    assert alone.feature_rows is None
+    rows = alone.vision[0]["pixel_values"].size(0) // 4 if ranks == 1 else batch.feature_rows
+    gathered = torch.full((ranks, rows), torch.nan)
+    for rank, share in enumerate(batch.vision):
+        features = share["pixel_values"][::4, 0]
+        gathered[rank, : len(features)] = features
+    placeholders = alone.vision_index >= 0
+    assert torch.equal(batch.vision_index >= 0, placeholders)
+    expected = alone.vision[0]["pixel_values"][::4, 0][alone.vision_index[placeholders]]
+    assert torch.equal(gathered.flatten()[batch.vision_index[placeholders]], expected)
+
+
+def test_the_header_of_many_ranks_fits() -> None:
+    """As many ranks as the architecture's key heads allow."""
+    inputs = Qwen35VLInputs(VARIANTS["397b_a17b"])
+    batch = collate(
+        [[replace(ONE, pixel_values=torch.zeros(0, inputs.patch_dim))]],
+        inputs,
+        alignment=32,
+        packed=True,
+        seq_len=32,
+        dtype=torch.bfloat16,
+        pad_token_id=PAD,
+        vision_ranks=VARIANTS["397b_a17b"].linear_num_key_heads,
+    )
+    assert len(flatten(batch).header) < HEADER_BYTES / 2  # numbers of real batches are longer
 
 
 def test_the_first_token_of_a_document_is_nobodys_target() -> None:
@@ -168,7 +236,7 @@ def test_flat_batches_hold_everything(packed: bool) -> None:
     assert_equal(again, batch)
     storage = flat.buffer.untyped_storage().data_ptr()
     assert again.input_ids.untyped_storage().data_ptr() == storage  # views, not copies
-    assert again.vision["pixel_values"].untyped_storage().data_ptr() == storage
+    assert again.vision[0]["pixel_values"].untyped_storage().data_ptr() == storage
 
 
 def test_batches_are_saved_by_torch(tmp_path: Path) -> None:
@@ -181,14 +249,15 @@ def test_a_copy_shares_the_tensors() -> None:
     batch = make([[MIDDLE]])
     copied = copy.copy(batch)
     assert copied is not batch
-    assert copied.vision["pixel_values"] is batch.vision["pixel_values"]
+    assert copied.vision[0]["pixel_values"] is batch.vision[0]["pixel_values"]
 
 
 def test_a_stage_without_the_encoder_gets_no_pixels() -> None:
     batch = make([[MIDDLE]])
-    flat = flatten(batch.without_vision())
+    elsewhere = make([[replace(MIDDLE, pixel_values=torch.zeros(0, 3))]], with_vision=False)
+    flat = flatten(elsewhere)
     assert unflatten(flat).vision is None
-    assert_equal(unflatten(flat), batch.without_vision())
+    assert_equal(unflatten(flat), replace(batch, vision=None))
     assert flat.buffer.nbytes < flatten(batch).buffer.nbytes
 
 
@@ -199,9 +268,10 @@ def assert_equal(left: Batch, right: Batch) -> None:
             assert one is None
         else:
             assert one.dtype == other.dtype and torch.equal(one, other), name
-    assert (left.max_seqlen, left.stats) == (right.max_seqlen, right.stats)
-    if right.vision is not None:
-        assert left.vision.keys() == right.vision.keys()
-        assert torch.equal(left.vision["pixel_values"], right.vision["pixel_values"])
-        assert torch.equal(left.vision["cu_seqlens"], right.vision["cu_seqlens"])
-        assert left.vision["max_seqlen"] == right.vision["max_seqlen"]
+    assert (left.max_seqlen, left.feature_rows, left.stats) == (right.max_seqlen, right.feature_rows, right.stats)
+    assert (left.vision is None) == (right.vision is None)
+    for one, other in zip(left.vision or (), right.vision or (), strict=True):
+        assert one.keys() == other.keys()
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+        assert torch.equal(one["cu_seqlens"], other["cu_seqlens"])
+        assert one["max_seqlen"] == other["max_seqlen"]

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.images import ImageProcessor, PixelLimits, count_patches, open_image, patch_dim, process_images
+from data.images import ImageProcessor, PixelLimits, open_image, patch_dim, patch_grid, process_images
 
 MEAN_STD = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 SIZE = {"shortest_edge": 4096, "longest_edge": 160_000}
@@ -61,7 +61,7 @@ def test_equal_to_the_processors_own_path_on_50_sizes(image_processor: ImageProc
         assert torch.equal(grid_thw, own["image_grid_thw"]), (width, height)
         assert torch.equal(pixel_values, own["pixel_values"]), (width, height)
         assert grid_thw.tolist()[0][0] == 1  # a still image is one step in time
-        assert count_patches(image, image_processor, limits) == len(pixel_values)
+        assert [list(patch_grid(image, image_processor, limits))] == grid_thw.tolist()
 
 
 def test_given_limits_equal_to_the_processors_own(image_processor: ImageProcessor) -> None:
@@ -99,7 +99,7 @@ def test_dtype_and_no_images(torchvision_processor: ImageProcessor) -> None:
 def test_extreme_shapes_are_refused(size: tuple[int, int], torchvision_processor: ImageProcessor) -> None:
     limits = PixelLimits.of(torchvision_processor, None, None)
     with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
-        count_patches(noise(*size), torchvision_processor, limits)
+        patch_grid(noise(*size), torchvision_processor, limits)
 
 
 @pytest.mark.parametrize(("least", "most"), [(5_000, 4_000), (0, 4_000), (None, 4_000), (200_000, None)])

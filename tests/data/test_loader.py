@@ -57,8 +57,9 @@ def reader(
         seq_len=12,
         dtype=torch.float32,
         pad_token_id=PAD,
+        with_vision=with_vision,
     )
-    ranks = Ranks(data_rank, data_size, group, group, with_vision=with_vision)
+    ranks = Ranks(data_rank, data_size, group, group)
     return BatchReader(
         source,
         collate_packs,
@@ -147,8 +148,8 @@ def test_an_error_names_the_sample(workers: int) -> None:
 
 def test_stages_without_the_encoder_load_no_pixels() -> None:
     dataset = ToyDataset([8, 8], [16, 8])
-    assert next(reader(dataset=dataset)).vision["pixel_values"].size(0) in (16, 8)
-    assert next(reader(dataset=dataset, with_vision=False)).vision is None
+    assert next(reader(dataset=dataset)).vision[0]["pixel_values"].size(0) in (16, 8)
+    assert next(reader(dataset=dataset.without_pixels(), with_vision=False)).vision is None
 
 
 def test_model_chunks_see_the_same_batches_in_any_order() -> None:
@@ -200,6 +201,7 @@ def arguments(**changes: object) -> Namespace:
             "save": None,
             "virtual_pipeline_model_parallel_size": None,
             "context_parallel_size": 1,
+            "redundant_vision": False,
             "tensor_model_parallel_size": 1,
             "sequence_parallel": False,
         }
@@ -271,6 +273,20 @@ def test_a_checkpoint_with_another_order_is_warned_about(
     assert "WARNING: the data's order has changed since the checkpoint: it was toy/train" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("first_stage", [True, False])
+def test_only_the_stage_with_the_encoder_asks_for_pixels(
+    first_stage: bool, provide: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import mpu
+
+    monkeypatch.setattr(mpu, "is_pipeline_first_stage", lambda ignore_virtual: first_stage)
+    asked: list[str] = []
+    monkeypatch.setattr(ToyDataset, "without_pixels", lambda self: asked.append(self.name) or self)
+    train, *_ = provide(eval_iters=0)
+    assert (next(train).vision is not None) == first_stage
+    assert asked == ([] if first_stage else ["toy/train"])
+
+
 def test_the_log_says_what_was_dropped(provide: Callable[..., tuple], capsys: pytest.CaptureFixture[str]) -> None:
     provide(lengths=[3, 4, 13], eval_iters=0)
     line = "> toy/train: 2 samples in 1 packs an epoch, 58.3% full, 1 dropped: longer than --seq-length\n"
@@ -314,8 +330,8 @@ def test_two_ranks_get_the_same_batches_in_two_collectives_each(tmp_path: Path) 
             assert batch.stats == expected.stats
             assert batch.input_ids.tolist() == expected.input_ids.tolist()
             assert torch.equal(batch.position_ids, expected.position_ids)
-            assert torch.equal(batch.vision["pixel_values"], expected.vision["pixel_values"])
-            assert batch.vision["max_seqlen"] == expected.vision["max_seqlen"]
+            assert torch.equal(batch.vision[0]["pixel_values"], expected.vision[0]["pixel_values"])
+            assert batch.vision[0]["max_seqlen"] == expected.vision[0]["max_seqlen"]
 
 
 @pytest.mark.parametrize(("data_size", "workers"), [(1, 0), (1, 2), (2, 0), (2, 1)])

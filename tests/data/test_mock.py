@@ -51,6 +51,12 @@ def test_samples_depend_on_index_split_and_seed_alone() -> None:
         assert not torch.equal(first.pixel_values, other.pixel_values)
 
 
+def test_without_pixels() -> None:
+    sample, bare = build()[3], build().without_pixels()[3]
+    assert bare.pixel_values.shape == (0, 1536)
+    assert torch.equal(bare.input_ids, sample.input_ids) and torch.equal(bare.grid_thw, sample.grid_thw)
+
+
 def test_the_default_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
     build()[0]

@@ -362,9 +362,25 @@ def test_dataset_sizes_are_its_samples_sizes(processor: Qwen3VLProcessor) -> Non
     assert dataset.fingerprint in prints and len(prints) == 4
 
 
-def test_measuring_decodes_no_pixels(processor: Qwen3VLProcessor, tmp_path: Any) -> None:
+def test_samples_without_pixels_are_the_same_otherwise(processor: Qwen3VLProcessor) -> None:
+    messages = [user(picture(), picture(96, 70)), assistant("a")]
+    whole = ConversationDataset([Conversation(messages, "x")], processor, OPTIONS, name="d", source="", cache_dir=None)
+    bare = whole.without_pixels()
+    sample, expected = bare[0], whole[0]
+    assert len(expected.pixel_values) and sample.pixel_values.shape == (0, expected.pixel_values.size(1))
+    for name in ("input_ids", "trained", "grid_thw"):
+        assert torch.equal(getattr(sample, name), getattr(expected, name)), name
+    assert (bare.size(0), bare.fingerprint) == (whole.size(0), whole.fingerprint)
+
+
+def test_neither_measuring_nor_samples_without_pixels_decode_any(processor: Qwen3VLProcessor, tmp_path: Any) -> None:
     file = tmp_path / "cut.png"
     Image.new("RGB", (64, 64)).save(file)
     file.write_bytes(file.read_bytes()[:60])  # the header, and no pixels
     messages = [user({"type": "image", "image": str(file)}), assistant("a")]
-    assert encode(Conversation(messages, "x"), processor, OPTIONS).patches == [16]
+    conversation = Conversation(messages, "x")
+    assert encode(conversation, processor, OPTIONS).grids == [(1, 4, 4)]
+    dataset = ConversationDataset([conversation], processor, OPTIONS, name="d", source="", cache_dir=None)
+    assert dataset.without_pixels()[0].grid_thw.tolist() == [[1, 4, 4]]
+    with pytest.raises(OSError, match="truncated"):
+        dataset[0]

@@ -84,7 +84,7 @@ def run_ours(model: nn.Module, architecture: Qwen35VLConfig, sample) -> Result:
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "vision_index": batch.vision_index,
-        "vision": batch.vision,
+        "vision": batch.vision[0],
         "padding_mask": batch.padding_mask,
     }
     logits = model(**inputs).detach()

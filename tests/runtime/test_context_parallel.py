@@ -10,7 +10,13 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from toy_data import PAD, ToyInputs, sample
 
 from data.batch import Batch, collate
-from runtime.context_parallel import document_alignment, gathered_index, partition_batch, partition_index
+from runtime.context_parallel import (
+    document_alignment,
+    gathered_index,
+    partition_batch,
+    partition_images,
+    partition_index,
+)
 
 CPU = torch.device("cpu")
 
@@ -58,7 +64,7 @@ class Group:
         return self._size
 
 
-def batch(packed: bool, cp_size: int) -> Batch:
+def batch(packed: bool, cp_size: int, vision_ranks: int = 1) -> Batch:
     alignment = document_alignment(cp_size=cp_size, tp_size=1, sequence_parallel=False)
     samples = [sample(list(range(10, 10 + length)), [1] * length, name=f"toy/{length}") for length in (11, 3, 16)] + [
         sample([7] * 9 + [9, 9, 8], [1] * 12, [[1, 2, 4]])
@@ -71,6 +77,7 @@ def batch(packed: bool, cp_size: int) -> Batch:
         seq_len=24,
         dtype=torch.float32,
         pad_token_id=PAD,
+        vision_ranks=vision_ranks,
     )
 
 
@@ -138,3 +145,30 @@ def test_partition_never_waits_for_the_device() -> None:
 )
 def test_document_alignment(cp_size: int, tp_size: int, sequence_parallel: bool, alignment: int) -> None:
     assert document_alignment(cp_size=cp_size, tp_size=tp_size, sequence_parallel=sequence_parallel) == alignment
+
+
+@pytest.mark.parametrize(
+    ("costs", "ranks", "shares"),
+    [
+        ([], 2, [[], []]),
+        ([5], 3, [[0], [], []]),
+        ([1, 9, 1, 1], 2, [[1], [0, 2, 3]]),  # one huge image
+        ([3, 3, 2, 2, 2], 2, [[0, 2, 4], [1, 3]]),
+        ([0, 0, 0, 0, 0], 2, [[0, 2, 4], [1, 3]]),  # an architecture that doesn't count its encoder
+        ([4, 4, 4], 1, [[0, 1, 2]]),
+    ],
+)
+def test_images_go_to_the_rank_with_the_least(costs: list[float], ranks: int, shares: list[list[int]]) -> None:
+    assert partition_images(costs, ranks) == shares
+
+
+def test_each_rank_keeps_its_images() -> None:
+    shared = batch(packed=True, cp_size=2, vision_ranks=2)
+    for rank in range(2):
+        assert partition_batch(shared, Group(rank, 2)).vision == (shared.vision[rank],)
+
+
+@pytest.mark.parametrize("cp_size", [1, 4])
+def test_images_shared_by_another_number_of_ranks_are_refused(cp_size: int) -> None:
+    with pytest.raises(ValueError, match=f"images shared by 2 ranks in a context-parallel group of {cp_size}"):
+        partition_batch(batch(packed=True, cp_size=4, vision_ranks=2), Group(0, cp_size))
