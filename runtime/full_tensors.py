@@ -79,8 +79,8 @@ def _fsdp_parameters(chunk: FullyShardedDataParallel) -> Iterator[tuple[str, str
 def _gather(share: DTensor, shape: torch.Size) -> Tensor:
     """A parameter's shares put together, over the data ranks only.
 
-    Not `DTensor.full_tensor`, which takes shares for even; nor megatron-core's `uneven_dtensor_to_full_tensor`, whose
-    gathering of uneven shares gloo refuses, and which puts tensor-parallel slices together too.
+    Not `DTensor.full_tensor`, which takes shares for even, nor megatron-core's `uneven_dtensor_to_full_tensor`, which
+    puts tensor-parallel slices together too.
 
     Args:
         share: what FSDP keeps, a range of the flattened parameter.
@@ -96,11 +96,9 @@ def _gather(share: DTensor, shape: torch.Size) -> Tensor:
     sizes = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(group.size())]
     torch.distributed.all_gather(sizes, torch.tensor([local.numel()], device=local.device), group=group)
     sizes = [int(size) for size in sizes]  # the host waits: this is for checkpoints and checks, not for training
-    padded = local.new_zeros(max(sizes))
-    padded[: local.numel()] = local
-    shares = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(shares, padded, group=group)
-    return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)]).view(shape)
+    shares = [local.new_empty(size) for size in sizes]
+    torch.distributed.all_gather(shares, local, group=group)
+    return torch.cat(shares).view(shape)
 
 
 def _ddp_gradients(chunk: DistributedDataParallel) -> Iterator[tuple[str, Tensor]]:

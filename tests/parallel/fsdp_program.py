@@ -43,13 +43,32 @@ def global_name(name: str) -> str:
     return name
 
 
+def own_slice(name, whole):
+    """This expert-tensor-parallel rank's part of an expert's weight."""
+    ranks, rank = mpu.get_expert_tensor_parallel_world_size(), mpu.get_expert_tensor_parallel_rank()
+    if "local_experts" not in name or ranks == 1:
+        return whole
+    if "linear_fc1" in name:
+        return torch.cat([half.chunk(ranks)[rank] for half in whole.chunk(2)])
+    return whole.chunk(ranks, dim=1)[rank]
+
+
+def full_shape(name, parameter):
+    ranks = mpu.get_expert_tensor_parallel_world_size()
+    shape = list(parameter.shape)
+    if "local_experts" in name and ranks > 1:
+        shape[0 if "linear_fc1" in name else 1] *= ranks
+    return shape
+
+
 def fill(model) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             seed = int(hashlib.sha256(global_name(name).encode()).hexdigest()[:8], 16)
             generator = torch.Generator().manual_seed(seed)
-            scale = 0.5 / parameter.size(-1) ** 0.5 if parameter.dim() > 1 else 0.3
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            shape = full_shape(name, parameter)
+            scale = 0.5 / shape[-1] ** 0.5 if parameter.dim() > 1 else 0.3
+            noise = own_slice(name, torch.randn(shape, generator=generator, dtype=torch.float64))
             if name.endswith("A_log"):
                 parameter.fill_(-3.0)
             elif parameter.dim() > 1:
@@ -59,6 +78,17 @@ def fill(model) -> None:
 
 def gather(items):
     own = {global_name(n): t.detach().clone().double() if t.dtype == torch.float64 else t.detach().clone() for n, t in items}
+    ranks = mpu.get_expert_tensor_parallel_world_size()
+    if ranks > 1:
+        slices = [None] * ranks
+        torch.distributed.all_gather_object(slices, own, group=mpu.get_expert_tensor_parallel_group())
+        for n in own:
+            if "local_experts" in n:
+                parts = [part[n] for part in slices]
+                if "linear_fc1" in n:
+                    own[n] = torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
+                else:
+                    own[n] = torch.cat(parts, dim=1)
     every = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, own)
     together = {}
@@ -70,13 +100,31 @@ def gather(items):
     return together
 
 
+def moments(model, optimizer):
+    if not training.get_args().use_megatron_fsdp:
+        return {}
+    from runtime.full_tensors import _fsdp_parameters, _gather
+    params = dict(model[0].param_and_grad_buffer.optimizer_named_parameters)
+    out = []
+    for name, key, original in _fsdp_parameters(model[0]):
+        state = optimizer.optimizer.state.get(params[key], {})
+        zero = torch.zeros_like(params[key])
+        for kind in ("exp_avg", "exp_avg_sq"):
+            out.append((f"{name}.{kind}", _gather(state.get(kind, zero), original.shape)))
+    steps = {float(s["step"]) for s in optimizer.optimizer.state.values()}
+    out.append(("steps", torch.tensor(sorted(steps))))
+    return gather(out)
+
+
 def record(job: dict[str, Any]) -> None:
     out = Path(job["out"])
-    results: dict[str, Any] = {"steps": []}
+    results: dict[str, Any] = {"steps": [], "by_step": []}
     provider = pretrain_multimodal.model_provider
 
     def filled(*args: Any, **kwargs: Any) -> Any:
         model = provider(*args, **kwargs)
+        results["meta"] = [name for name, p in model.named_parameters() if p.is_meta]
+        results["all_meta"] = all(p.is_meta for p in model.parameters())
         if job.get("fill", True):
             fill(model)
         return model
@@ -91,7 +139,8 @@ def record(job: dict[str, Any]) -> None:
 
         def optimizer_step() -> Any:
             if first:
-                results["start"] = gather(full_parameters(model)) if job.get("start") else None
+                results["start"] = gather(full_parameters(model))
+                results["start_moments"] = moments(model, optimizer)
                 results["gradients"] = gather(full_gradients(model))
             return own_step(optimizer)
 
@@ -99,10 +148,16 @@ def record(job: dict[str, Any]) -> None:
         done = step(*args, **kwargs)
         results["steps"].append(({n: float(x) for n, x in done[0].items() if 'loss' in n}, float(done[5])))
         results["parameters"] = gather(full_parameters(model))
+        results["moments"] = moments(model, optimizer)
+        results["by_step"].append((results["parameters"], results["moments"]))
         return done
 
     training.train_step = train_step
-    pretrain_multimodal.main(job["flags"])
+    try:
+        pretrain_multimodal.main(job["flags"])
+    except SystemExit as e:
+        if e.code:
+            raise
     if int(os.environ["RANK"]) == 0:
         torch.save(results, out)
 
