@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 
+def unwrapped(chunk: nn.Module) -> nn.Module:
+    """The model in its wrappers. megatron-core's `unwrap_model` stops before the last one of Megatron-FSDP's two."""
+    return unwrap_model(chunk.module.module if isinstance(chunk, FullyShardedDataParallel) else chunk)
+
+
 def full_parameters(model_chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """Whole values. Collective under FSDP: every rank has to take every item.
 
@@ -35,7 +40,7 @@ def full_parameters(model_chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Te
                 share = chunk.param_and_grad_buffer.dist_main_weight[key]
                 yield name, _gather(share, original.shape)
         else:
-            for name, parameter in unwrap_model(chunk).named_parameters():
+            for name, parameter in unwrapped(chunk).named_parameters():
                 yield name, parameter.detach()
 
 
@@ -68,12 +73,11 @@ def full_gradients(model_chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Ten
 
 def _fsdp_parameters(chunk: FullyShardedDataParallel) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Name in the unwrapped model, name in FSDP's tables, and the parameter before sharding."""
-    wrapped = chunk.module.module
-    names = {parameter: name for name, parameter in unwrap_model(wrapped).named_parameters()}
-    sharded = dict(wrapped.named_parameters())
+    names = {parameter: name for name, parameter in unwrapped(chunk).named_parameters()}
+    # The model holds the sharded parameters between steps, the original ones during a step.
+    held = dict(chunk.module.module.named_parameters())
     for key, original in chunk.module.raw_param.items():
-        # The model holds the sharded parameters between steps, the original ones during a step.
-        yield names[sharded[key]], key, original
+        yield names[held[key]], key, original
 
 
 def _gather(share: DTensor, shape: torch.Size) -> Tensor:
