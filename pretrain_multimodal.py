@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +36,7 @@ def model_provider(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from runtime.meta import meta_device
+    from runtime.meta import build_on_meta
 
     language_config = spec.language_post_config(args, config or core_transformer_config_from_args(args))
     # Pipeline stages tell each other how long a packed row is; Megatron has no flag for it.
@@ -45,17 +44,17 @@ def model_provider(
     vision_config = spec.vision_config(args, language_config)
     # Here, since the rank's device is set by now.
     spec.check_kernels(args)
-    # megatron-core's layers name their device: torch.device("meta") alone would allocate everything.
-    with meta_device() if args.init_model_with_meta_device else nullcontext():
-        return spec.build_model(
-            args,
-            language_config,
-            vision_config,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
-        )
+    build = partial(
+        spec.build_model,
+        args,
+        language_config,
+        vision_config,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return build_on_meta(build) if args.init_model_with_meta_device else build()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -38,6 +38,12 @@ class PerTokenLossRouter(TopKRouter):
         if not config.calculate_per_token_loss and (self.is_aux_loss_enabled() or config.moe_z_loss_coeff):
             raise ValueError("auxiliary losses of the MoE router need --calculate-per-token-loss here")
 
+    def reset_parameters(self) -> None:
+        """Draw the weight; what is counted and balanced starts at zero (built on the meta device, it holds nothing)."""
+        super().reset_parameters()
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
     def attach_and_log_load_balancing_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Scale, attach and log one auxiliary loss, whose sum over the TP x CP ranks is the micro-batch's."""
         # The parent multiplies by the group's size.

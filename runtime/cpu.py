@@ -169,6 +169,49 @@ def _mesh_on_cpu(original: Function) -> Function:
     return init
 
 
+def _uneven_gather(original: Function) -> Function:
+    """`all_gather` of shares of different sizes too, which NCCL takes and gloo doesn't; its all-to-all does."""
+
+    @functools.wraps(original)
+    def all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        sizes = [share.numel() for share in tensor_list]
+        if async_op or len(set(sizes)) == 1:
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        gathered = tensor.new_empty(sum(sizes))
+        copies = tensor.detach().flatten().repeat(len(sizes))
+        torch.distributed.all_to_all_single(gathered, copies, sizes, [tensor.numel()] * len(sizes), group=group)
+        for share, own in zip(tensor_list, gathered.split(sizes), strict=True):
+            share.copy_(own.view_as(share))
+
+    return all_gather
+
+
+def _uneven_scatter(original: Function) -> Function:
+    """`reduce_scatter` (sum) into shares of different sizes too; the counterpart."""
+
+    @functools.wraps(original)
+    def reduce_scatter(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        sizes = [share.numel() for share in input_list]
+        if async_op or op != torch.distributed.ReduceOp.SUM or len(set(sizes)) == 1:
+            return original(output, input_list, op=op, group=group, async_op=async_op)
+        parts = output.new_empty(len(sizes), output.numel())
+        shares = torch.cat([share.detach().flatten() for share in input_list])
+        torch.distributed.all_to_all_single(
+            parts.view(-1), shares, [output.numel()] * len(sizes), sizes, group=group
+        )
+        output.copy_(parts.sum(0).view_as(output))
+
+    return reduce_scatter
+
+
 def _without_cuda(original: Function) -> Function:
     return functools.partial(original, allow_no_cuda=True)
 
@@ -348,6 +391,12 @@ REDIRECTS = (
         "--distributed-backend is nccl by default",
     ),
     Redirect("torch.distributed.device_mesh.DeviceMesh.__init__", _mesh_on_cpu, "Megatron-FSDP's meshes are of 'cuda'"),
+    Redirect(
+        "torch.distributed.all_gather",
+        _uneven_gather,
+        "expert TP gathers what each rank routed to its experts (mappings.py:154), FSDP uneven shards",
+    ),
+    Redirect("torch.distributed.reduce_scatter", _uneven_scatter, "the way back (mappings.py:197)"),
     # Compilation; must stand before anything that imports megatron
     Redirect("torch.compile", _not_compiled, "compiling the jit-fused functions takes 16 s of a CPU run's first steps"),
     # Megatron itself

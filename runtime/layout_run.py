@@ -34,7 +34,6 @@ mends.apply()
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
-from megatron.core.utils import unwrap_model  # noqa: E402
 from megatron.training import pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
@@ -48,6 +47,7 @@ from models.qwen35_vl.hf_weights import export_hf_state, hf_shares, load_hf_stat
 from models.weight_map import assemble  # noqa: E402
 from pretrain_multimodal import model_provider  # noqa: E402
 from runtime.float64 import float64  # noqa: E402
+from runtime.full_tensors import full_gradients, full_parameters, unwrapped  # noqa: E402
 from runtime.layouts import Job  # noqa: E402
 
 # (HF tensor, region) -> squared norm of the difference there, elements.
@@ -180,7 +180,7 @@ class Watch:
         mine.images = [stats.images for stats in first_step]
         mine.router_margin = min((float(margin) for margin in self._margins), default=None)
         mine.peak_bytes = torch.cuda.max_memory_allocated()
-        updates = self._compare(nn.Parameter.detach, PARAMETERS)
+        updates = self._compare(full_parameters, PARAMETERS)
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(of_ranks, (mine, self._gradient_differences, updates))
         if torch.distributed.get_rank():
@@ -203,8 +203,7 @@ class Watch:
 
         def compare_then_step() -> Any:
             optimizer.step = step  # the first one only
-            gradients = reduced_gradients(self._model)
-            self._gradient_differences = self._compare(gradients.__getitem__, GRADIENTS)
+            self._gradient_differences = self._compare(full_gradients, GRADIENTS)
             return step()
 
         optimizer.step = compare_then_step
@@ -221,13 +220,15 @@ class Watch:
 
             router.gating = watched
 
-    def _compare(self, value: Callable[[nn.Parameter], Tensor], file: str) -> Differences:
+    def _compare(
+        self, full: Callable[[list[nn.Module]], Iterable[tuple[str, Tensor]]], file: str
+    ) -> Differences:
         """This rank's regions of the HF tensors against the reference's, which the reference itself writes first."""
-        shares = [
-            share
-            for chunk in unwrap_model(self._model)
-            for share in hf_shares(chunk, self._architecture, self._mapping, value)
-        ]
+        shares = []
+        for chunk in self._model:
+            model, values = unwrapped(chunk), dict(full([chunk]))
+            of_parameter = {parameter: values[name] for name, parameter in model.named_parameters()}
+            shares += hf_shares(model, self._architecture, self._mapping, of_parameter.__getitem__)
         if self._job.is_reference:
             save_file(assemble(self._mapping, shares), self._folder / file)
         differences: Differences = {}
@@ -301,19 +302,3 @@ def roughen(model: nn.Module) -> None:
                 parameter.copy_(0.5 * noise / fan_in**0.5)
             else:
                 parameter.add_(0.3 * noise)
-
-
-def reduced_gradients(model: list[nn.Module]) -> dict[nn.Parameter, Tensor]:
-    """Each parameter's gradient as the optimizer is about to see it, whole on every rank that holds the parameter.
-
-    The distributed optimizer leaves each data rank its own part of a gradient buffer: the parts are gathered here.
-    """
-    for chunk in model:
-        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-            group = buffer.data_parallel_group
-            if not buffer.ddp_config.use_distributed_optimizer or group.size() == 1:
-                continue
-            for bucket in buffer.buckets:
-                parts = list(bucket.grad_data.chunk(group.size()))
-                torch.distributed.all_gather(parts, parts[group.rank()].clone(), group=group)
-    return {parameter: parameter.main_grad for chunk in model for parameter in chunk.parameters()}

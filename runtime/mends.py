@@ -186,6 +186,99 @@ def fused_aux_loss_takes_padding() -> None:
     router.get_tokens_per_expert_and_token_count = whole_tokens
 
 
+def fsdp_optimizer_states_agree() -> None:
+    """0.19.2, core/optimizer/distrib_optimizer.py:1648: the ranks of Megatron-FSDP list different optimizer states.
+
+    A rank whose share of a parameter is empty gets no gradient for it
+    (fsdp/src/megatron_fsdp/param_and_grad_buffer.py:3393) and so no state; the others do, and saving or loading
+    `fsdp_dtensor` takes a collective for each entry, in the order of the entries: it hangs, or puts one parameter's
+    offsets to another. The optimizer is built inside `get_megatron_optimizer()`; no argument chooses its class.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original_state = DistributedOptimizer.sharded_param_state_fsdp_dtensor
+    original_dummies = DistributedOptimizer._init_optimizer_states_with_dummy_values
+
+    @functools.wraps(original_state)
+    def sharded_state(self: Any, is_loading: bool = False) -> dict[str, Any]:
+        if not is_loading and self.optimizer.state:
+            _complete_states(self)
+        return original_state(self, is_loading)
+
+    @functools.wraps(original_dummies)
+    def dummies(self: Any) -> None:
+        original_dummies(self)
+        _complete_states(self)
+
+    DistributedOptimizer.sharded_param_state_fsdp_dtensor = sharded_state
+    DistributedOptimizer._init_optimizer_states_with_dummy_values = dummies
+
+
+def _complete_states(optimizer: Any) -> None:
+    """Give every parameter of a `DistributedOptimizer` a state, in the order of its groups."""
+    inner = optimizer.optimizer
+    # torch's Adam keeps the step beside the moments, the fused ones in the group.
+    steps = [state["step"] for state in inner.state.values() if "step" in state]
+    optimizer.init_state_fn(inner, optimizer.config)
+    states = {parameter: inner.state[parameter] for group in inner.param_groups for parameter in group["params"]}
+    for state in states.values() if steps else ():
+        state.setdefault("step", steps[0].clone())
+    inner.state.clear()
+    inner.state.update(states)
+
+
+def fsdp_checkpoint_without_16_bit_wrapper() -> None:
+    """0.19.2, core/transformer/fsdp_dtensor_checkpoint.py:343: saving `fsdp_dtensor` looks under `module.` once more.
+
+    The level is `Float16Module`'s, so that a float32 model with SwiGLU can't be saved or loaded. The function is called
+    by name in the middle of saving and loading.
+    """
+    from megatron.core.transformer.module import Float16Module
+    from megatron.training import checkpointing
+
+    original = checkpointing.handle_swiglu_in_state_dict
+
+    @functools.wraps(original)
+    def handle_swiglu(model: torch.nn.Module, *state_dicts: Any) -> tuple[Any, Any]:
+        wrapped = isinstance(model.module, Float16Module)
+        return original(model if wrapped else _WithLevel(model), *state_dicts)
+
+    checkpointing.handle_swiglu_in_state_dict = handle_swiglu
+
+
+class _WithLevel:
+    """A `MegatronFSDP` whose parameters are found with and without a `module.` too many."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> torch.nn.Parameter:
+        return self._model.get_parameter(name.replace("module.module.", "module.", 1))
+
+
+def fsdp_keeps_parameters_marks() -> None:
+    """0.19.2, core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py:3121: `_reset_parameters` keeps one mark.
+
+    A parameter from the meta device is another object once it has memory, and what was set on it is lost: how TP slices
+    it, whether it is an expert's, under sequence parallelism, an embedding. The buffer is built inside `MegatronFSDP`;
+    no argument chooses its class.
+    """
+    from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import ParamAndGradBuffer
+
+    original = ParamAndGradBuffer._reset_parameters
+
+    @functools.wraps(original)
+    def reset(self: Any, old_params: list[torch.nn.Parameter], new_params: list[torch.nn.Parameter]) -> None:
+        for old, new in zip(old_params, new_params, strict=True):
+            vars(new).update({**vars(old), **vars(new)})
+        original(self, old_params, new_params)
+
+    ParamAndGradBuffer._reset_parameters = reset
+
+
 MENDS: tuple[Callable[[], None], ...] = (
     dataset_helpers_come_compiled,
     gated_delta_net_takes_other_kernels,
@@ -194,4 +287,7 @@ MENDS: tuple[Callable[[], None], ...] = (
     optimizer_resumes_without_fused_adam,
     optimizer_saves_mixed_parameters,
     fused_aux_loss_takes_padding,
+    fsdp_optimizer_states_agree,
+    fsdp_checkpoint_without_16_bit_wrapper,
+    fsdp_keeps_parameters_marks,
 )

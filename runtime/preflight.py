@@ -134,27 +134,8 @@ def _machine(args: Namespace, machine: Machine) -> list[str]:
                 f"{' and '.join(missing)} not installed: on a GPU, plain torch kernels are many times slower; "
                 "pip install '.[te]', or accept them with --allow-slow-kernels"
             )
-    if not machine.gpus:
-        problems += _cpu_ranks(args)
     if args.wandb_project and not machine.wandb:
         problems.append(f"--wandb-project {args.wandb_project}: wandb isn't installed; pip install wandb")
-    return problems
-
-
-def _cpu_ranks(args: Namespace) -> list[str]:
-    """What megatron-core 0.19.2 can't do over gloo."""
-    problems = []
-    if args.use_megatron_fsdp and args.save:
-        problems.append(
-            f"--save {args.save} with --use-megatron-fsdp: saving fsdp_dtensor hangs on CPU ranks; "
-            "use --use-distributed-optimizer instead of FSDP (USE_FSDP=0), or don't save"
-        )
-    if args.expert_model_parallel_size > 1 and (args.expert_tensor_parallel_size or 1) > 1:
-        problems.append(
-            f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size} with --expert-model-parallel-size "
-            f"{args.expert_model_parallel_size}: gloo doesn't gather uneven shares; on CPU ranks use "
-            "--expert-tensor-parallel-size 1"
-        )
     return problems
 
 
@@ -330,11 +311,6 @@ def _checkpoint(args: Namespace) -> list[str]:
         problems.append(
             f"--ckpt-format {args.ckpt_format}: fsdp_dtensor and --use-megatron-fsdp need each other; "
             f"use --ckpt-format {wanted} (CKPT_FORMAT)"
-        )
-    if args.use_megatron_fsdp and args.init_model_with_meta_device:
-        problems.append(
-            "--init-model-with-meta-device with --use-megatron-fsdp: not supported yet, since megatron-core's parallel "
-            "layers can't initialise themselves there; leave it out"
         )
     if args.use_megatron_fsdp and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         problems.append("--use-megatron-fsdp: unset the environment's CUDA_DEVICE_MAX_CONNECTIONS=1")

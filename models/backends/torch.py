@@ -6,15 +6,21 @@ megatron-core's own local layers stop short: `WrappedTorchNorm` refuses sequence
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from torch import Tensor, nn
 
 from models.backends import Backend
 from models.backends.torch_attention import TorchAttention
+from models.parallel_layers import ColumnParallelLinear, RowParallelLinear
 
 
 class _Norm(nn.Module):
@@ -42,10 +48,7 @@ class _Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
 
     def reset_parameters(self) -> None:
-        """Set the weight so that the norm starts as the identity on normalised input.
-
-        Marks the parameters too: built on the meta device, they are other objects when they get their memory.
-        """
+        """Set the weight so that the norm starts as the identity on normalised input."""
         nn.init.constant_(self.weight, 0.0 if self.zero_centered_gamma else 1.0)
         self.weight.sequence_parallel = self.sequence_parallel
 
@@ -121,6 +124,18 @@ class PlainRMSNorm(TorchRMSNorm):
 
 class TorchBackend(LocalSpecProvider, Backend):
     """megatron-core's parallel linears and sequential experts, with the norms and the attention above."""
+
+    def column_parallel_linear(self) -> type[ColumnParallelLinear]:
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type[RowParallelLinear]:
+        return RowParallelLinear
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
+        linears = MLPSubmodules(
+            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=self.activation_func()
+        )
+        return partial(SequentialMLP, submodules=linears)
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> LayerNormBuilder:
         return TorchNorm

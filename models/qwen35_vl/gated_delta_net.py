@@ -19,8 +19,9 @@ from megatron.core.ssm.gated_delta_net import (
     tensor_a2a_hp2cp,
 )
 from megatron.core.tensor_parallel import CheckpointWithoutOutput, get_cuda_rng_tracker
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.parallel_layers import ShardedConv1d
 from models.qwen35_vl.gdn_kernels import TORCH_KERNELS, kernels_for
 from runtime.context_parallel import gathered_index
 
@@ -33,25 +34,34 @@ class Qwen35GatedDeltaNet(GatedDeltaNet):
     bfloat16 resolves.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        marks = vars(self.conv1d.weight)
+        self.conv1d = ShardedConv1d(
+            in_channels=self.conv_dim_local_tp,
+            out_channels=self.conv_dim_local_tp,
+            bias=self.conv_bias,
+            kernel_size=self.conv_kernel_dim,
+            groups=self.conv_dim_local_tp,
+            padding=self.conv_kernel_dim - 1,
+            device=torch.cuda.current_device(),
+            dtype=self.config.params_dtype,
+        )
+        for parameter in self.conv1d.parameters():
+            vars(parameter).update(marks)
+
     def _setup_variant_attrs(self) -> None:
         super()._setup_variant_attrs()
         # Only to satisfy the constructor, which refuses None; the forward chooses by the device of its input.
         self.gated_delta_rule = TORCH_KERNELS.gated_delta_rule
 
     def reset_parameters(self) -> None:
-        """Initialise A_log = log U(A_init_range) and dt_bias = 1 in float32; the convolution as nn.Conv1d does.
-
-        Marks both as sharded too: built on the meta device, they are other objects when they get their memory.
-        """
+        """Initialise A_log = log U(A_init_range) and dt_bias = 1 in float32; the convolution does it by itself."""
         for parameter in (self.A_log, self.dt_bias):
             parameter.data = parameter.data.to(torch.float32)
-            parameter.tensor_model_parallel = True
-            parameter.partition_dim = 0
         if not self.config.perform_initialization:
             return
         with get_cuda_rng_tracker().fork(), torch.no_grad():
-            if self.conv_init is not None:
-                nn.init.uniform_(self.conv1d.weight, -self.conv_init, self.conv_init)
             self.dt_bias.fill_(1.0)
             self.A_log.uniform_(*self.A_init_range).log_()
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from torch import Tensor
 
+from models.parallel_layers import let_reset
 from models.qwen35_vl.mrope import InterleavedMRoPE
 from models.qwen35_vl.mtp import shift_left
 
@@ -42,6 +43,10 @@ class Qwen35GPTModel(GPTModel):
             # On a last stage that isn't the first megatron-core allocates a weight that nothing uses (the tied one is
             # the embedding's, which MTP needs here anyway) and that its checkpointing asserts to be absent.
             self.output_layer.weight = None
+        if hasattr(self, "embedding"):
+            let_reset(self.embedding.word_embeddings, self.config.embedding_init_method)
+        if self.post_process:
+            let_reset(self.output_layer, self.config.init_method)
         self.rotary_pos_emb = InterleavedMRoPE(self.config.kv_channels, self.rotary_percent, self.rotary_base)
 
     def _postprocess(

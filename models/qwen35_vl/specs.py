@@ -36,6 +36,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from models.backends import Backend
 from models.moe import PerTokenLossRouter
+from models.parallel_layers import SharedExpertMLP
 from models.qwen35_vl.attention import Qwen35SelfAttention
 from models.qwen35_vl.gated_delta_net import Qwen35GatedDeltaNet
 from models.qwen35_vl.mtp import Qwen35MTPLayer
@@ -156,7 +157,7 @@ def _dense_spec(config: TransformerConfig, backend: Backend) -> MlpBuilder:
 
 
 def _moe_spec(config: TransformerConfig, backend: Backend) -> MlpBuilder:
-    """megatron-core's MoE layer with the router that this harness's loss needs."""
+    """megatron-core's MoE layer with the router that this harness's loss needs, able to initialise itself."""
     builder = get_moe_module_spec_for_backend(
         backend=backend,
         num_experts=config.num_moe_experts,
@@ -165,4 +166,6 @@ def _moe_spec(config: TransformerConfig, backend: Backend) -> MlpBuilder:
     )
     submodules = builder.keywords["submodules"]
     submodules.router = PerTokenLossRouter
+    if not config.use_grouped_gemm_for_shared_expert:  # else a class of Transformer Engine's
+        submodules.shared_experts = partial(SharedExpertMLP, submodules=submodules.shared_experts.keywords["submodules"])
     return partial(builder.func, submodules=submodules)
