@@ -82,6 +82,9 @@ class Comparison:
             arguments.preflight(self.command_line(layout), detect(), layout.world_size)
         except arguments.Refused as refused:
             return refused.problems
+        if layout.fsdp and self.args.dtype == "float64":
+            # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py:2728 raises KeyError for it.
+            return ["megatron-core 0.19.2's Megatron-FSDP keeps no float64 gradients; use --dtype float32"]
         nodes, gpus = self.nodes(layout), count_gpus()
         if layout.world_size % nodes:
             return [f"its {layout.world_size} ranks don't spread evenly over --nnodes {nodes}; add data ranks (dp)"]
