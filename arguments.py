@@ -173,6 +173,8 @@ def resolve(argv: list[str]) -> Namespace:
         args = parse_args(_extend_megatron_parser)
     # Megatron takes 0 for "no MTP" in some places and for "MTP with no depth" in others.
     args.mtp_num_layers = args.mtp_num_layers or None
+    # Megatron has no flag for it, and else leaves what a checkpoint lacks at random values.
+    args.strict_fsdp_dtensor_load = True
     with _without_listing() if args.save else nullcontext():
         validate_args(args)
     if args.rank == 0:
@@ -234,7 +236,10 @@ def machine_flags(args: Namespace, machine: Machine) -> list[str]:
     """What this machine needs or runs best, given the architecture and the layout."""
     impl = args.transformer_impl or ("transformer_engine" if machine.gpus and machine.transformer_engine else "local")
     flags = ["--transformer-impl", impl]
-    if not args.use_megatron_fsdp:
+    if args.use_megatron_fsdp:
+        # As DDP does; by default Megatron-FSDP adds up a 16-bit model's gradients in 16 bits.
+        flags += ["--megatron-fsdp-main-grads-dtype", "fp32"]
+    else:
         # A checkpoint loads in any layout. Megatron's default can't even save a bf16 model's fp32 parameters (A_log).
         flags.append("--dist-ckpt-optim-fully-reshardable")
     if impl == "local":

@@ -44,6 +44,15 @@ class PerTokenLossRouter(TopKRouter):
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
 
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count the tokens of each expert, padding left out; megatron-core 0.19.2 (router.py:738) forgets a dimension.
+
+        Args:
+            routing_map: [tokens, experts] bool.
+            padding_mask: [tokens] bool, True on padding.
+        """
+        super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask.view(-1, 1))
+
     def attach_and_log_load_balancing_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Scale, attach and log one auxiliary loss, whose sum over the TP x CP ranks is the micro-batch's."""
         # The parent multiplies by the group's size.

@@ -38,7 +38,7 @@ def full_parameters(model_chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Te
         if isinstance(chunk, FullyShardedDataParallel):
             for name, key, original in _fsdp_parameters(chunk):
                 share = chunk.param_and_grad_buffer.dist_main_weight[key]
-                yield name, _gather(share, original.shape)
+                yield name, gather_share(share, original.shape)
         else:
             for name, parameter in unwrapped(chunk).named_parameters():
                 yield name, parameter.detach()
@@ -64,7 +64,7 @@ def full_gradients(model_chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Ten
         if isinstance(chunk, FullyShardedDataParallel):
             for name, key, original in _fsdp_parameters(chunk):
                 if original.requires_grad:
-                    yield name, _gather(chunk.param_and_grad_buffer.dist_main_grad[key], original.shape)
+                    yield name, gather_share(chunk.param_and_grad_buffer.dist_main_grad[key], original.shape)
         elif isinstance(chunk, DistributedDataParallel):
             yield from _ddp_gradients(chunk)
         else:
@@ -80,7 +80,7 @@ def _fsdp_parameters(chunk: FullyShardedDataParallel) -> Iterator[tuple[str, str
         yield names[held[key]], key, original
 
 
-def _gather(share: DTensor, shape: torch.Size) -> Tensor:
+def gather_share(share: DTensor, shape: torch.Size) -> Tensor:
     """A parameter's shares put together, over the data ranks only.
 
     Not `DTensor.full_tensor`, which takes shares for even, nor megatron-core's `uneven_dtensor_to_full_tensor`, which

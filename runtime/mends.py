@@ -260,11 +260,11 @@ class _WithLevel:
 
 
 def fsdp_keeps_parameters_marks() -> None:
-    """0.19.2, core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py:3121: `_reset_parameters` keeps one mark.
+    """0.19.2, core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py:3121: one mark is kept.
 
-    A parameter from the meta device is another object once it has memory, and what was set on it is lost: how TP slices
-    it, whether it is an expert's, under sequence parallelism, an embedding. The buffer is built inside `MegatronFSDP`;
-    no argument chooses its class.
+    A parameter from the meta device is another object once it has memory, and `_reset_parameters` copies one of what
+    was set on it. Lost is how TP slices it, whether it is an expert's, under sequence parallelism, an embedding. The
+    buffer is built inside `MegatronFSDP`; no argument chooses its class.
     """
     from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import ParamAndGradBuffer
 

@@ -27,9 +27,9 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 def meta_device() -> Iterator[None]:
     """Make every tensor that is created without values a meta tensor: shape and dtype, no memory.
 
-    Parameters are created so, with `torch.empty`, and initialised later. What is created with its values (zeros, ranges,
-    the expert order of MoE dispatchers) keeps them. `torch.device("meta")`, under which megatron's `get_model` builds,
-    would take these away, and gives way to an explicit device, which megatron-core's layers name
+    Parameters are created so, with `torch.empty`, and initialised later. What is created with its values (zeros,
+    ranges, the order of experts in MoE dispatchers) keeps them. `torch.device("meta")`, under which Megatron's
+    `get_model` builds, would take them away, and gives way to an explicit device, which megatron-core's layers name
     (tensor_parallel/layers.py:305, :1000, :1041; ssm/gated_delta_net/common.py:230).
     """
     with _ParametersOnMeta():

@@ -312,6 +312,11 @@ def _checkpoint(args: Namespace) -> list[str]:
             f"--ckpt-format {args.ckpt_format}: fsdp_dtensor and --use-megatron-fsdp need each other; "
             f"use --ckpt-format {wanted} (CKPT_FORMAT)"
         )
+    if args.init_model_with_meta_device and not args.use_megatron_fsdp and not args.load:
+        problems.append(
+            "--init-model-with-meta-device: only --use-megatron-fsdp initialises what was built there; add it, or "
+            "--load a checkpoint"
+        )
     if args.use_megatron_fsdp and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         problems.append("--use-megatron-fsdp: unset the environment's CUDA_DEVICE_MAX_CONNECTIONS=1")
     if args.load and args.exit_on_missing_checkpoint and not Path(args.load).exists():

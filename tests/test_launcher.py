@@ -73,7 +73,7 @@ def test_every_variant_builds(variant: str, single_rank: None, monkeypatch: pyte
     from pretrain_multimodal import model_provider
 
     monkeypatch.setenv("WORLD_SIZE", "1")
-    _, flags = command_of(launch("--init-model-with-meta-device", MODEL_VARIANT=variant))
+    _, flags = command_of(launch("--init-model-with-meta-device", MODEL_VARIANT=variant, USE_FSDP="1"))
     args = arguments.resolve(flags)
     model = model_provider(MODEL_REGISTRY[args.model_arch], args)
     assert all(parameter.is_meta for parameter in model.parameters())

@@ -72,15 +72,7 @@ REFUSED = {
     "VPP over layers": (f"{TINY} {PP} 2 --num-virtual-stages-per-pipeline-rank 3", 2, ["2 layers per stage", "3"]),
     "FSDP with PP": (f"{TINY} {PP} 2 --use-megatron-fsdp --ckpt-format fsdp_dtensor", 2, ["USE_FSDP=0 or PP=1"]),
     "FSDP's format": (f"{TINY} --use-megatron-fsdp", 1, ["--ckpt-format torch_dist", "use --ckpt-format fsdp_dtensor"]),
-    "FSDP from meta": (
-        f"{TINY} --use-megatron-fsdp --ckpt-format fsdp_dtensor --init-model-with-meta-device", 2, ["leave it out"],
-    ),
-    "FSDP saved on CPU": (
-        f"{TINY} --use-megatron-fsdp --ckpt-format fsdp_dtensor --save out", 2, ["--save out", "USE_FSDP=0"],
-    ),
-    "EP and ETP on CPU": (
-        f"{MOE} {EP} 2 --expert-tensor-parallel-size 2 {TP} 2 {SP}", 4, ["--expert-tensor-parallel-size 1"],
-    ),
+    "meta without FSDP": (f"{TINY} --init-model-with-meta-device", 1, ["--use-megatron-fsdp", "--load"]),
     "format without FSDP": (f"{TINY} --ckpt-format fsdp_dtensor", 1, ["use --ckpt-format torch_dist"]),
     "variant": (f"{BASE} --model-variant tinny", 1, ["--model-variant tinny", "did you mean tiny?", *VARIANTS]),
     "arch": (f"{TINY} --model-arch qwen35", 1, ["--model-arch qwen35", "did you mean qwen35_vl?"]),

@@ -254,6 +254,90 @@ class TestFusedAuxLoss:
             assert count.dtype == torch.int64 and count.item() == 2
 
 
+class TestFSDPOptimizerStates:
+    """A parameter without gradient, as a rank with an empty share has it, still has a state, in its place."""
+
+    @staticmethod
+    def saved(optimizer_class: type) -> dict[str, dict[str, Tensor]]:
+        empty, held = nn.Parameter(torch.empty(0)), nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.AdamW([empty, held])
+        held.grad = torch.ones(2)
+        optimizer.step()
+
+        def init_state(inner: torch.optim.Optimizer, config: object) -> None:
+            for parameter in (empty, held):
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {"exp_avg": torch.zeros_like(parameter)}
+
+        names = {empty: "empty", held: "held"}
+        stand_in = SimpleNamespace(
+            optimizer=optimizer,
+            state=optimizer.state,
+            config=None,
+            init_state_fn=init_state,
+            ddp_config=SimpleNamespace(use_megatron_fsdp=True),
+            _param_name=names.get,
+            _param_groups_to_param2group_meta=lambda groups: {},
+        )
+        return optimizer_class.sharded_param_state_fsdp_dtensor(stand_in)["state"]
+
+    def test_is_still_broken(self, broken_class: type) -> None:
+        assert list(self.saved(broken_class)) == ["held"]
+
+    def test_mended(self, mended_class: type) -> None:
+        states = self.saved(mended_class)
+        assert list(states) == ["empty", "held"]
+        assert states["empty"]["step"] == states["held"]["step"] == 1
+        assert states["empty"]["step"] is not states["held"]["step"]
+
+
+class TestFSDPCheckpointNames:
+    """Both run into the parameter, which has no share here; the broken one doesn't find it."""
+
+    @staticmethod
+    def save(function: object) -> None:
+        inner = nn.ModuleDict({"mlp": nn.ModuleDict({"linear_fc1": nn.Linear(2, 2, bias=False)})})
+        model = nn.ModuleDict({"module": nn.ModuleDict({"decoder": inner})})
+        model.config = None
+        function(model, {"module.decoder.mlp.linear_fc1.weight": torch.zeros(2, 2)}, None)
+
+    def test_is_still_broken(self) -> None:
+        with pytest.raises(AttributeError, match="has no attribute `module`"):
+            self.save(pristine("megatron.core.transformer.fsdp_dtensor_checkpoint").handle_swiglu_in_state_dict)
+
+    def test_mended(self) -> None:
+        from megatron.training import checkpointing
+
+        with pytest.raises(AttributeError, match="megatron_fsdp_slice"):
+            self.save(checkpointing.handle_swiglu_in_state_dict)
+
+
+class TestFSDPMarks:
+    @staticmethod
+    def marked(function: object) -> nn.Parameter:
+        old, new = nn.Parameter(torch.empty(2, device="meta")), nn.Parameter(torch.empty(2))
+        old.allreduce, old.sequence_parallel, new.sequence_parallel = False, True, False
+        buffer = SimpleNamespace(
+            param_to_name={old: "weight"},
+            param_to_param_group={old: 0},
+            param_to_direct_module={old: None},
+            params=[old],
+            parameter_groups=[],
+        )
+        function(buffer, [old], [new])
+        return new
+
+    NAME = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
+
+    def test_is_still_broken(self) -> None:
+        assert not hasattr(self.marked(pristine(self.NAME).ParamAndGradBuffer._reset_parameters), "allreduce")
+
+    def test_mended(self) -> None:
+        """What the module itself has set when it initialised the parameter stays."""
+        new = self.marked(importlib.import_module(self.NAME).ParamAndGradBuffer._reset_parameters)
+        assert new.allreduce is False and new.sequence_parallel is False
+
+
 class TestMixedParameters:
     """A group's fp32 parameters come first, as the optimizer puts them."""
 

@@ -7,17 +7,15 @@ import resource
 import torch
 from torch import nn
 
-from runtime.meta import meta_device
+from runtime.meta import build_on_meta, meta_device
 
 
-def test_named_devices_give_way() -> None:
+def test_what_has_no_values_is_meta() -> None:
     with meta_device():
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         made = [
             torch.empty(2, device=device),
-            torch.tensor([1.0], device=device),
-            torch.empty(2),
-            torch.ones(2, device=device, dtype=torch.float64).to(torch.bfloat16),
+            torch.empty(2, dtype=torch.float64).to(torch.bfloat16),
             torch.empty(2).cuda(),
             torch.empty(2).cpu(),
             torch.empty(2).to(device),
@@ -25,7 +23,26 @@ def test_named_devices_give_way() -> None:
             nn.Linear(2, 2, device=device).weight,
         ]
     assert all(tensor.is_meta for tensor in made)
-    assert made[3].dtype == torch.bfloat16
+    assert made[1].dtype == torch.bfloat16
+
+
+def test_what_has_values_keeps_them() -> None:
+    """Under torch.device("meta") too, which Megatron puts around the construction of a model."""
+    with torch.device("meta"), meta_device():
+        made = [torch.tensor([1.0]), torch.ones(1), torch.arange(1, 2), torch.full((1,), 1.0, device="cpu").to("cpu")]
+    assert [tensor.item() for tensor in made] == [1, 1, 1, 1]
+
+
+def test_buffers_are_on_the_current_device() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(2))
+            self.register_buffer("counts", torch.zeros(2), persistent=False)
+
+    layer = build_on_meta(Layer)
+    assert layer.weight.is_meta and layer.counts.tolist() == [0, 0]
+    assert "counts" not in layer.state_dict()
 
 
 def test_outside_nothing_changes() -> None:
