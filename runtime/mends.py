@@ -186,6 +186,88 @@ def fused_aux_loss_takes_padding() -> None:
     router.get_tokens_per_expert_and_token_count = whole_tokens
 
 
+def optimizer_saves_buckets_in_place() -> None:
+    """0.19.2, core/optimizer/distrib_optimizer.py:1785: fully reshardable states are cut at the wrong places.
+
+    Gathering drops the padding between a buffer's buckets (:1395), while a parameter's place counts it. So with more
+    than one bucket (tied embeddings over pipeline stages have their own, `--overlap-grad-reduce` makes many) all
+    after the first padded one are saved under their neighbours' names, and a run that resumes from them is spoilt
+    without an error; upstream pads the end with zeros and warns. No argument reaches the gathering.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    @functools.wraps(original)
+    def in_place(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+
+        def with_padding(**options: Any) -> dict | None:
+            state = gather(**options)
+            return state and {key: _pad_buckets(self.buffers, key, value) for key, value in state.items()}
+
+        self.get_parameter_state_dp_zero = with_padding
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = in_place
+
+
+def _pad_buckets(buffers: list, index: int | str, by_dtype: Any) -> Any:
+    """One entry of `get_parameter_state_dp_zero()` with its flat tensors as long as the buffer, padding included."""
+    if not isinstance(index, int):
+        return by_dtype
+    buffer = buffers[index]
+
+    def pad(compact: Any) -> Any:
+        if not isinstance(compact, torch.Tensor) or len(compact) == buffer.numel:
+            return compact
+        whole = compact.new_zeros(buffer.numel)
+        for bucket, part in zip(
+            buffer.buckets, compact.split([bucket.numel_unpadded for bucket in buffer.buckets]), strict=True
+        ):
+            whole[bucket.offset : bucket.offset + len(part)] = part
+        return whole
+
+    return {dtype: {name: pad(value) for name, value in tensors.items()} for dtype, tensors in by_dtype.items()}
+
+
+def optimizer_crosses_expert_layouts() -> None:
+    """0.19.2, core/optimizer/optimizer.py:1578: optimizer states can't go between EP1 and EP above 1.
+
+    Above 1, experts have an optimizer of their own, and a checkpoint has the settings of its parameter groups (rates,
+    steps) by optimizer: one set where two are expected, or the other way round, and the groups of experts are marked.
+    Moments and master weights are by parameter and fit. No argument merges the optimizers.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    original = ChainedOptimizer.load_state_dict
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state: dict[Any, Any]) -> None:
+        count = len(self.chained_optimizers)
+        saved = [state] if "optimizer" in state else [part for part in _numbered(state) if "optimizer" in part]
+        if not saved or len(saved) == count or "param_state_sharding_type" not in saved[0]:
+            original(self, state)
+            return
+        groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
+        # First, so that a group with the right mark wins over a copy.
+        other = [{**group, "is_expert_parallel": not group["is_expert_parallel"]} for group in groups]
+        common = {**saved[0], "optimizer": {**saved[0]["optimizer"], "param_groups": other + groups}}
+        loaded = [state] if count == 1 else _numbered(state)
+        parts = [{**common, "param_state": part["param_state"]} for part in loaded]
+        original(self, parts[0] if count == 1 else dict(enumerate(parts)))
+
+    ChainedOptimizer.load_state_dict = load_state_dict
+
+
+def _numbered(state: dict[Any, Any]) -> list[Any]:
+    """The parts of a chained optimizer's state, in order."""
+    return [state[key] for key in sorted(key for key in state if isinstance(key, int))]
+
+
 MENDS: tuple[Callable[[], None], ...] = (
     dataset_helpers_come_compiled,
     gated_delta_net_takes_other_kernels,
@@ -194,4 +276,6 @@ MENDS: tuple[Callable[[], None], ...] = (
     optimizer_resumes_without_fused_adam,
     optimizer_saves_mixed_parameters,
     fused_aux_loss_takes_padding,
+    optimizer_saves_buckets_in_place,
+    optimizer_crosses_expert_layouts,
 )
