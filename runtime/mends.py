@@ -7,10 +7,16 @@ it; tests/runtime/test_mends.py fails for a mend whose defect is gone, so that i
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from runtime import checkpoints
 
 KNOWN_VERSION = (0, 19, 2)
 
@@ -268,6 +274,78 @@ def _numbered(state: dict[Any, Any]) -> list[Any]:
     return [state[key] for key in sorted(key for key in state if isinstance(key, int))]
 
 
+def checkpoints_are_valid_or_invisible() -> None:
+    """0.19.2, training/checkpointing.py:795: a checkpoint is written over another one of its iteration.
+
+    Upstream's TODO. Killed meanwhile, it is a mixture that looks complete: `checkpoints.make_room` removes the other
+    one first. The same function (:1248) asks the list of iterators that virtual pipelining makes for the data's state,
+    has no last-N deletion (`--save-retain-interval` keeps multiples), and a failure doesn't say which checkpoint
+    failed and which is left. The training loop calls it by name; `pretrain()` takes no callback.
+    """
+    from megatron.training import checkpointing, training
+    from megatron.training.global_vars import get_args
+
+    save, schedule = checkpointing.save_checkpoint, checkpointing.schedule_async_save
+
+    def first_rank() -> bool:
+        return torch.distributed.get_rank() == 0
+
+    def delete_old() -> None:
+        args = get_args()
+        if args.keep_last is None:
+            return
+        try:
+            gone = checkpoints.keep_last(Path(args.save), args.keep_last)
+        except OSError as error:  # it costs disk space, no checkpoint
+            print(f"WARNING: old checkpoints can't be deleted: {error}", file=sys.stderr, flush=True)
+        else:
+            for iteration in gone:
+                print(f"  deleted the checkpoint of iteration {iteration} (--keep-last)", flush=True)
+
+    @functools.wraps(save)
+    def save_whole(iteration: int, *args: Any, train_data_iterator: Any = None, **kwargs: Any) -> None:
+        settings = get_args()
+        folder = Path(settings.save)
+        persistent = not kwargs.get("non_persistent_ckpt", False)
+        if isinstance(train_data_iterator, list):  # all chunks of a rank read one source
+            train_data_iterator = train_data_iterator[0]
+        try:
+            if persistent:
+                if first_rank():
+                    checkpoints.make_room(folder, iteration)
+                torch.distributed.barrier()
+            save(iteration, *args, train_data_iterator=train_data_iterator, **kwargs)
+        except Exception as error:
+            last = checkpoints.read_tracker(folder)
+            error.add_note(
+                f"while saving {folder / checkpoints.folder_name(iteration)} ({shutil.disk_usage(folder).free:,} bytes "
+                f"are free there); it is incomplete and won't be loaded, "
+                + ("and there is none before it" if last is None else f"iteration {last} is the last complete one")
+            )
+            raise
+        if persistent and not settings.async_save and first_rank():
+            delete_old()
+
+    @functools.wraps(schedule)
+    def schedule_with_deletion(request: Any) -> None:
+        if first_rank():
+            request.add_finalize_fn(delete_old)  # the last of them: the tracker names the new checkpoint by then
+        schedule(request)
+
+    checkpointing.save_checkpoint = training.save_checkpoint = save_whole
+    checkpointing.schedule_async_save = schedule_with_deletion
+
+
+def checkpoints_are_read_as_data() -> None:
+    """0.19.2, core/dist_checkpointing/serialization.py:230: arguments and counters are unpickled without restriction.
+
+    They are asked for through torch's default planner, which calls `torch.load(weights_only=False)`, so a checkpoint
+    may run any code; everything else in one is read with `weights_only=True`, and so can these, since megatron-core
+    registers its classes as safe. No argument reaches the planner; torch's own switch does.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+
 MENDS: tuple[Callable[[], None], ...] = (
     dataset_helpers_come_compiled,
     gated_delta_net_takes_other_kernels,
@@ -278,4 +356,6 @@ MENDS: tuple[Callable[[], None], ...] = (
     fused_aux_loss_takes_padding,
     optimizer_saves_buckets_in_place,
     optimizer_crosses_expert_layouts,
+    checkpoints_are_valid_or_invisible,
+    checkpoints_are_read_as_data,
 )
