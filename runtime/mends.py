@@ -10,7 +10,8 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -302,38 +303,53 @@ def checkpoints_are_valid_or_invisible() -> None:
             for iteration in gone:
                 print(f"  deleted the checkpoint of iteration {iteration} (--keep-last)", flush=True)
 
+    @contextmanager
+    def explained(folder: Path, iteration: int) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            last = checkpoints.read_tracker(folder)
+            error.add_note(
+                f"while saving {folder / checkpoints.folder_name(iteration)} (free there: "
+                f"{shutil.disk_usage(folder).free:,} bytes); it is incomplete and won't be loaded, "
+                + ("and there is none before it" if last is None else f"iteration {last} is the last complete one")
+            )
+            raise
+
+    saving = [(Path(), 0)]
+
     @functools.wraps(save)
     def save_whole(iteration: int, *args: Any, train_data_iterator: Any = None, **kwargs: Any) -> None:
-        settings = get_args()
-        folder = Path(settings.save)
+        folder = Path(get_args().save)
         persistent = not kwargs.get("non_persistent_ckpt", False)
         if isinstance(train_data_iterator, list):  # all chunks of a rank read one source
             train_data_iterator = train_data_iterator[0]
-        try:
+        saving[0] = (folder, iteration)
+        with explained(folder, iteration):
             if persistent:
                 if first_rank():
                     checkpoints.make_room(folder, iteration)
                 torch.distributed.barrier()
             save(iteration, *args, train_data_iterator=train_data_iterator, **kwargs)
-        except Exception as error:
-            last = checkpoints.read_tracker(folder)
-            error.add_note(
-                f"while saving {folder / checkpoints.folder_name(iteration)} ({shutil.disk_usage(folder).free:,} bytes "
-                f"are free there); it is incomplete and won't be loaded, "
-                + ("and there is none before it" if last is None else f"iteration {last} is the last complete one")
-            )
-            raise
-        if persistent and not settings.async_save and first_rank():
+        if persistent and not get_args().async_save and first_rank():
             delete_old()
 
     @functools.wraps(schedule)
-    def schedule_with_deletion(request: Any) -> None:
-        if first_rank():
-            request.add_finalize_fn(delete_old)  # the last of them: the tracker names the new checkpoint by then
+    def schedule_explained(request: Any) -> None:
+        finalize, where = request.finalize_fns[:], saving[0]
+
+        def finalize_all() -> None:
+            with explained(*where):
+                for function in finalize:
+                    function()
+            if first_rank():
+                delete_old()  # the tracker names the new checkpoint by now
+
+        request.finalize_fns[:] = [finalize_all]
         schedule(request)
 
     checkpointing.save_checkpoint = training.save_checkpoint = save_whole
-    checkpointing.schedule_async_save = schedule_with_deletion
+    checkpointing.schedule_async_save = schedule_explained
 
 
 def checkpoints_are_read_as_data() -> None:
@@ -344,6 +360,28 @@ def checkpoints_are_read_as_data() -> None:
     registers its classes as safe. No argument reaches the planner; torch's own switch does.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+
+def failed_writes_say_why() -> None:
+    """0.19.2, core/dist_checkpointing/strategies/filesystem_async.py:291: a shard's error is reported as its type.
+
+    `assert isinstance(result, list), type(result)`: of "no space left on device" remains "<class 'RuntimeError'>", and
+    no file is named. The writer is a static method, called through its class.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    @functools.wraps(write)
+    def write_or_say(transforms: Any, local_proc_idx: int, write_bucket: Any, *args: Any, **kwargs: Any) -> Any:
+        result = write(transforms, local_proc_idx, write_bucket, *args, **kwargs)
+        if isinstance(error := result[1], Exception):
+            while not isinstance(error, OSError) and error.__context__ is not None:
+                error = error.__context__  # torch's archive writer hides the file system's error behind its own
+            print(f"ERROR: {write_bucket[0]} can't be written: {error}", file=sys.stderr, flush=True)
+        return result
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_say)
 
 
 MENDS: tuple[Callable[[], None], ...] = (
@@ -357,5 +395,6 @@ MENDS: tuple[Callable[[], None], ...] = (
     optimizer_saves_buckets_in_place,
     optimizer_crosses_expert_layouts,
     checkpoints_are_valid_or_invisible,
+    failed_writes_say_why,
     checkpoints_are_read_as_data,
 )

@@ -28,7 +28,8 @@ ROOT = Path(__file__).parents[1]
 FLAGS = (
     *("--dataset-provider", "mock", "--image-size", "64", "--image-seq-length", "4"),
     *("--use-packed-sequence", "--seq-length", "128", "--micro-batch-size", "1", "--global-batch-size", "4"),
-    *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--clip-grad", "1.0"),
+    *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-warmup-iters", "2"),
+    *("--lr-decay-iters", "40", "--clip-grad", "1.0"),
     *("--use-distributed-optimizer", "--num-workers", "0", "--log-interval", "1"),
     *("--eval-interval", "1000", "--eval-iters", "0"),
     *("--distributed-timeout-minutes", "2", "--logging-level", "30"),
