@@ -166,7 +166,7 @@ def mend_tracker(load: Path, ckpt_format: str) -> None:
         _write_tracker(load, choose(load, None, ckpt_format).step)
 
 
-def make_room(save: Path, iteration: int) -> None:
+def make_room(save: Path, iteration: int, ckpt_format: str) -> None:
     """Remove what a checkpoint that is about to be written would be mixed up with: another one of that iteration.
 
     Megatron writes over it file by file: killed meanwhile, it leaves the new run's shards among the old one's, under a
@@ -176,12 +176,12 @@ def make_room(save: Path, iteration: int) -> None:
     if not folder.is_dir():
         return
     if read_tracker(save) == iteration:
-        earlier = [n for n, other in _iterations(save) if n != iteration and _is_whole(other)]
+        earlier = [n for n, other in _iterations(save) if n != iteration and _is_whole(other, ckpt_format)]
         _write_tracker(save, earlier[-1] if earlier else None)
     _delete(save, iteration)
 
 
-def keep_last(save: Path, count: int) -> list[int]:
+def keep_last(save: Path, count: int, ckpt_format: str) -> list[int]:
     """Delete all but the last `count` complete checkpoints up to the one that the tracker names.
 
     Nothing is deleted unless that one is whole. What older saves left half-written goes too; what is newer than the
@@ -191,10 +191,10 @@ def keep_last(save: Path, count: int) -> list[int]:
         The iterations that were deleted.
     """
     last = read_tracker(save)
-    if not isinstance(last, int) or not _is_whole(save / folder_name(last)):
+    if not isinstance(last, int) or not _is_whole(save / folder_name(last), ckpt_format):
         return []
     older = [(n, folder) for n, folder in _iterations(save) if n < last]
-    whole = [n for n, folder in older if _is_whole(folder)]
+    whole = [n for n, folder in older if _is_whole(folder, ckpt_format)]
     kept = whole[len(whole) - count + 1 :] if count > 1 else []
     gone = [n for n, _ in older if n not in kept]
     for iteration in gone:
@@ -224,10 +224,8 @@ def _lacks(folder: Path, ckpt_format: str) -> str | None:
     return None
 
 
-def _is_whole(folder: Path) -> bool:
-    """Complete in whichever format and undamaged."""
-    formats = [name for name in LAST_FILES if _lacks(folder, name) is None]
-    return bool(formats) and damage(folder, formats[0]) is None
+def _is_whole(folder: Path, ckpt_format: str) -> bool:
+    return ckpt_format in LAST_FILES and _lacks(folder, ckpt_format) is None and damage(folder, ckpt_format) is None
 
 
 def _there_is(complete: list[int]) -> str:

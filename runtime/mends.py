@@ -296,7 +296,7 @@ def checkpoints_are_valid_or_invisible() -> None:
         if args.keep_last is None:
             return
         try:
-            gone = checkpoints.keep_last(Path(args.save), args.keep_last)
+            gone = checkpoints.keep_last(Path(args.save), args.keep_last, args.ckpt_format)
         except OSError as error:  # it costs disk space, no checkpoint
             print(f"WARNING: old checkpoints can't be deleted: {error}", file=sys.stderr, flush=True)
         else:
@@ -328,7 +328,7 @@ def checkpoints_are_valid_or_invisible() -> None:
         with explained(folder, iteration):
             if persistent:
                 if first_rank():
-                    checkpoints.make_room(folder, iteration)
+                    checkpoints.make_room(folder, iteration, get_args().ckpt_format)
                 torch.distributed.barrier()
             save(iteration, *args, train_data_iterator=train_data_iterator, **kwargs)
         if persistent and not get_args().async_save and first_rank():
