@@ -1,7 +1,7 @@
 """Which checkpoint a run starts from, whether it is whole, and which are deleted.
 
     SAVE/latest_checkpointed_iteration.txt   the tracker: names the last complete checkpoint, written last
-    SAVE/iter_0000004/                       .metadata names every shard and its bytes; metadata.json is written after it
+    SAVE/iter_0000004/                       .metadata, which names every shard and its bytes, then metadata.json
     SAVE/data/iter_0000004/                  where the data stood, written first
 
 So whatever moment a run is killed at, the tracker names a complete checkpoint, and one that lacks its last file was

@@ -192,7 +192,7 @@ def test_corrupt_tracker_is_mended(
     assert checkpoints.read_tracker(load) == 2
 
 
-@pytest.mark.parametrize("flags", [(), ("--async-save",)])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--async-save",), marks=pytest.mark.slow)])
 def test_full_disk_loses_nothing(
     server: TrainingServer,
     two_checkpoints: Path,

@@ -77,6 +77,7 @@ def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
     assert seconds < SECONDS
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_job(tmp_path: Path) -> None:
     code, log, seconds = die(tmp_path, "worker", TORCHRUN, "--num-workers", "1")
     assert code == 1

@@ -97,7 +97,12 @@ class TrainingServer:
     """A process that has imported megatron and trains by forking."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__],
             stdin=subprocess.PIPE,
@@ -140,14 +145,8 @@ def serve() -> None:
     cpu.enable()
     mends.apply()
     # All that a run imports.
-    import megatron.training.training
-    import torch.utils.tensorboard
     import transformers  # noqa: F401
 
-    import data.loader
-    import forward_step
-    import models.qwen35_vl.model
-    import pretrain_multimodal
     import runtime.outputs  # noqa: F401
 
     for line in sys.stdin:
