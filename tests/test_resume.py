@@ -86,7 +86,7 @@ def test_resuming_twenty_steps_is_exact(server: TrainingServer, tmp_path: Path, 
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All of a checkpoint's tensors, gathered: parameters, and the optimizer's masters and moments under their names."""
+    """A checkpoint's tensors, gathered: parameters, and the optimizer's masters and moments under their names."""
     reader = FileSystemReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     state = {

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -24,6 +25,11 @@ from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
 
+# What a run imports in the course of it.
+IMPORTS = (
+    *("torch.utils.tensorboard", "transformers", "megatron.training.training"),
+    *("pretrain_multimodal", "forward_step", "data.loader", "models.qwen35_vl.model", "runtime.outputs"),
+)
 # A tiny model that has everything: GatedDeltaNet, attention, MTP, ViT, images, packed documents.
 FLAGS = (
     *("--dataset-provider", "mock", "--image-size", "64", "--image-seq-length", "4"),
@@ -97,18 +103,13 @@ class TrainingServer:
     """A process that has imported megatron and trains by forking."""
 
     def __init__(self) -> None:
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
+        settings = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**os.environ, **settings},
         )
 
     @classmethod
@@ -144,11 +145,8 @@ def serve() -> None:
 
     cpu.enable()
     mends.apply()
-    # All that a run imports.
-    import transformers  # noqa: F401
-
-    import runtime.outputs  # noqa: F401
-
+    for module in IMPORTS:
+        importlib.import_module(module)
     for line in sys.stdin:
         job = json.loads(line)
         answers.write(json.dumps(_run(Job(**{**job, "flags": tuple(job["flags"])}))) + "\n")
