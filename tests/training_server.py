@@ -251,7 +251,8 @@ def _record(out: Path, rank: int) -> None:
 
     def next_batch(self: BatchReader) -> Any:
         batch = original_next(self)
-        samples.append(_digest([batch.input_ids, batch.labels, *(batch.vision or {}).values()]))
+        vision = (value for of_rank in batch.vision or () for value in of_rank.values())
+        samples.append(_digest([batch.input_ids, batch.labels, *vision]))
         return batch
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
