@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from models import MODEL_REGISTRY, ModelSpec
+from runtime import checkpoints
 from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
@@ -54,6 +55,13 @@ def add_multimodal_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the harness' own flags to Megatron's parser (its `extra_args_provider`)."""
     _add_model_args(parser)
     _add_data_args(parser)
+    parser.add_argument_group("checkpoints").add_argument(
+        "--keep-last",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Keep the last N checkpoints in --save; older ones are deleted when a newer one is complete",
+    )
     return parser
 
 
@@ -214,6 +222,8 @@ def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
     for_machine = machine_flags(args, machine)
     command_line = [*ALWAYS, *for_machine, *resolved, *architecture, *argv]
     args = _read(command_line)
+    if args.load and (start := checkpoints.choose(Path(args.load), args.ckpt_step, args.ckpt_format)).step is not None:
+        command_line += ["--ckpt-step", str(start.step)]
     problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args)
     if problems:
         raise Refused(problems)
@@ -250,6 +260,9 @@ def machine_flags(args: Namespace, machine: Machine) -> list[str]:
         flags.append("--moe-grouped-gemm")
         if not args.no_moe_fusion:
             flags += ["--moe-permute-fusion", "--moe-router-fusion"]
+    if args.async_save:
+        # Megatron needs the first for it, and the second where nvidia-resiliency-ext isn't installed.
+        flags += ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
     if args.context_parallel_size > 1 and args.cp_comm_type is None:
         args = Namespace(**{**vars(args), "transformer_impl": impl})
         flags += ["--cp-comm-type", cp_comm_types(args)[0]]
@@ -275,6 +288,9 @@ def notices(args: Namespace, argv: list[str]) -> list[str]:
         kind = args.cp_comm_type if isinstance(args.cp_comm_type, str) else args.cp_comm_type[0]
         why = "heads divide by CP" if kind == "a2a" else "heads don't divide by CP, so no a2a"
         found.append(f"--cp-comm-type {kind} ({why})")
+    if args.load:
+        step = args.ckpt_step if "--ckpt-step" in given else None
+        found += checkpoints.choose(Path(args.load), step, args.ckpt_format).remarks
     return found
 
 

@@ -67,9 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from torch.distributed.elastic.multiprocessing.errors import record
 
     from data.loader import dataset_provider
     from forward_step import ForwardStep
+    from runtime import checkpoints
     from runtime.outputs import draw_losses, write_arguments, write_hf_folder
 
     processor = spec.dataset_providers[args.dataset_provider].processor(args)
@@ -77,9 +79,13 @@ def main(argv: list[str] | None = None) -> None:
         write_arguments(args, Path(args.save) / "arguments.json")
         write_hf_folder(Path(args.save) / "hf", spec.hf_config(args), processor)
 
+    if args.rank == 0 and args.load:
+        checkpoints.mend_tracker(Path(args.load), args.ckpt_format)
+
     # Plain python, without torchrun's rendezvous: one rank needs no port.
     store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
-    pretrain(
+    # torchrun's last words are then the traceback of the rank that failed first.
+    record(pretrain)(
         pretrain_cfg_container_from_args(args),
         dataset_provider(args, spec, processor),
         ModelType.encoder_or_decoder,

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data import Split
 from data.batch import Batch, CollatePacks, FlatBatch, collate, flatten, unflatten
 from data.pack import IndexedPacks, PackPlan, SampleDataset, Sizes, measure
+from runtime import checkpoints
 from runtime.context_parallel import document_alignment
 
 if TYPE_CHECKING:
@@ -234,6 +235,10 @@ class SharedReader(Iterator[Batch]):
     def __len__(self) -> int:
         return len(self._reader)
 
+    def save_state(self) -> dict[str, Any] | None:
+        """As `BatchReader.save_state`: between steps no chunk is ahead of another."""
+        return self._reader.save_state()
+
     def __next__(self) -> Batch:
         if not self._mine:
             batch = next(self._reader)
@@ -315,10 +320,9 @@ def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin |
     if not args.skip_train:
         train = split("train", args.micro_batch_size, args.global_batch_size)
         _resume(train.source, args)
-        # Megatron's hook for this fails on the list of iterators that virtual pipelining makes. Not in the
-        # checkpoint's own folder: an mp_rank_* there makes Megatron take an fsdp_dtensor checkpoint for another kind.
-        virtual = args.virtual_pipeline_model_parallel_size is not None
-        args.dataloader_save = None if virtual or not args.save else str(_state_folder(args.save))
+        # Not in the checkpoint's own folder: an mp_rank_* there makes Megatron take an fsdp_dtensor checkpoint for
+        # another kind.
+        args.dataloader_save = str(Path(args.save) / checkpoints.DATA) if args.save else None
     if args.full_validation or args.eval_iters:
         valid = split("validation", args.eval_micro_batch_size, args.eval_global_batch_size)
         test = split("test", args.eval_micro_batch_size, args.eval_global_batch_size)
@@ -376,20 +380,32 @@ def _pack_source(dataset: SampleDataset, sizes: Sizes, args: Namespace) -> Index
     )
 
 
-def _state_folder(checkpoints: str) -> Path:
-    return Path(checkpoints) / "data"
-
-
 def _resume(source: IndexedPacks, args: Namespace) -> None:
     """Continue where the checkpoint stopped. Its counter is enough; its data state tells whether it means the same."""
     source.position = args.consumed_train_samples
     if not args.load or args.iteration == 0:
         return
-    states = sorted(_state_folder(args.load).glob(f"iter_{args.iteration:07d}/*/train_dataloader_dprank000.pt"))
-    if not states:
-        return
+    folder = Path(args.load) / checkpoints.DATA / checkpoints.folder_name(args.iteration)
+    states = sorted(folder.glob("*/train_dataloader_dprank000.pt"))
     try:
-        source.load_state_dict(torch.load(states[0], weights_only=True)["dataloader_state_dict"])
+        if not states:
+            raise ValueError(f"{folder} doesn't say how the data was ordered")
+        source.load_state_dict(_read_state(states[0]))
     except ValueError as error:
         if dist.get_rank() == 0:
             print(f"> WARNING: {error}; some samples may come again sooner, others later", flush=True)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What `BatchReader.save_state` gave.
+
+    Raises:
+        RuntimeError: the file is damaged.
+    """
+    try:
+        return torch.load(path, weights_only=True)["dataloader_state_dict"]
+    except Exception as error:  # torch names no file, and raises anything at all
+        raise RuntimeError(
+            f"{path}: the data's state can't be read ({error}); without the file, the checkpoint's counter of samples "
+            "is used"
+        ) from error

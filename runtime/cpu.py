@@ -222,6 +222,18 @@ def _not_compiled(original: Function) -> Function:
     return compile_nothing
 
 
+def _forking_caller(original: Function) -> Function:
+    from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+    def next_caller(queue: Any) -> TemporalAsyncCaller:
+        # One at a time, as that process writes: all saves hand their results to one queue, in order.
+        if queue.async_calls and (writing := queue.async_calls[-1].async_caller.process):
+            writing.join()
+        return TemporalAsyncCaller()
+
+    return next_caller
+
+
 def _on_host(tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and tensor is not None else tensor
 
@@ -410,5 +422,16 @@ REDIRECTS = (
         "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
         _instead(_on_host),
         "moe_utils.py:1184 makes all-to-all's split sizes host numbers only when they are on a GPU",
+    ),
+    # --async-save: a fork's memory is the state of that moment
+    Redirect(
+        "megatron.training.initialize.init_persistent_async_worker",
+        _constant(None),
+        "starts a process that divides by the number of GPUs and would be sent the tensors that training goes on with",
+    ),
+    Redirect(
+        "megatron.core.dist_checkpointing.strategies.async_utils.AsyncCallsQueue._get_async_caller",
+        _forking_caller,
+        "chooses that process because of --use-persistent-ckpt-worker, without which Megatron saves synchronously",
     ),
 )

@@ -41,6 +41,8 @@ NUMBERS: dict[str, int | None] = {
     "--micro-batch-size": None,
     "--global-batch-size": None,
     "--seq-length": None,
+    "--ckpt-step": None,
+    "--save-retain-interval": None,
 }
 _SWITCHES = (
     "--group-query-attention",
@@ -51,6 +53,7 @@ _SWITCHES = (
     "--use-megatron-fsdp",
     "--init-model-with-meta-device",
     "--exit-on-missing-checkpoint",
+    "--async-save",
 )
 _TEXTS: dict[str, str | None] = {
     "--linear-attention-freq": None,

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from math import lcm
 from pathlib import Path
 
+from runtime import checkpoints
 from runtime.machine import Machine
 from runtime.megatron_flags import MAY_BE_ZERO, NUMBERS, REQUIRED, known_flags
 
@@ -321,6 +322,14 @@ def _checkpoint(args: Namespace) -> list[str]:
         problems.append("--use-megatron-fsdp: unset the environment's CUDA_DEVICE_MAX_CONNECTIONS=1")
     if args.load and args.exit_on_missing_checkpoint and not Path(args.load).exists():
         problems.append(f"--load {args.load}: no such folder (CKPT_LOAD)")
+    # One rank's look into the files is enough: all of them stop with it.
+    if args.load and os.environ.get("RANK", "0") == "0":
+        problem = checkpoints.problem(Path(args.load), args.ckpt_step, args.ckpt_format)
+        problems += [problem] if problem else []
+    if args.keep_last is not None and args.keep_last < 1:
+        problems.append(f"--keep-last {args.keep_last}: has to be at least 1 (KEEP_LAST)")
+    if args.keep_last is not None and args.save_retain_interval is not None:
+        problems.append("--keep-last with --save-retain-interval: both delete checkpoints; give one")
     return problems
 
 

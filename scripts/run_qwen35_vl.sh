@@ -65,7 +65,7 @@ counts GBS SAVE_INTERVAL
 indices PROFILE_STEP_START PROFILE_STEP_END
 switches USE_PACKED_SEQUENCE USE_FSDP RECOMPUTE RECOMPUTE_VISION FORCE_LOAD_BALANCING PROFILE
 switches CKPT_RESUME CKPT_OVERRIDE_SCHEDULER
-for variable in NUM_LAYERS NUM_EXPERTS VISION_NUM_LAYERS; do [ -z "${!variable:-}" ] || indices "$variable"; done
+for variable in NUM_LAYERS NUM_EXPERTS VISION_NUM_LAYERS KEEP_LAST; do [ -z "${!variable:-}" ] || indices "$variable"; done
 
 case $MODEL_VARIANT in tiny*) lr=1e-3 min_lr=1e-4 ;; *) lr=1.2e-4 min_lr=1.2e-5 ;; esac
 if [ -n "$CKPT_LOAD" ] && [ "$CKPT_RESUME" = 0 ]; then
@@ -107,6 +107,7 @@ processor=${HF_PROCESSOR_PATH:-${TOKENIZER_MODEL:-}} # a processor's folder has 
 ((USE_FSDP)) && flags+=(--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params
     --ckpt-format fsdp_dtensor)
 [ -z "$CKPT_FORMAT" ] || flags+=(--ckpt-format "$CKPT_FORMAT")
+[ -z "${KEEP_LAST:-}" ] || flags+=(--keep-last "$KEEP_LAST")
 ((CKPT_RESUME)) && flags+=(--load "${CKPT_LOAD:-$OUTPUT_DIR/checkpoints}")
 [ -z "$CKPT_LOAD" ] || flags+=(--exit-on-missing-checkpoint)
 [ -z "$CKPT_LOAD" ] || ((CKPT_RESUME)) || flags+=(--load "$CKPT_LOAD" --finetune --no-load-optim --no-load-rng)

@@ -1,0 +1,278 @@
+"""Which checkpoint a run starts from, whether it is whole, and which are deleted.
+
+    SAVE/latest_checkpointed_iteration.txt   the tracker: names the last complete checkpoint, written last
+    SAVE/iter_0000004/                       .metadata, which names every shard and its bytes, then metadata.json
+    SAVE/data/iter_0000004/                  where the data stood, written first
+
+So whatever moment a run is killed at, the tracker names a complete checkpoint, and one that lacks its last file was
+being written. Imports neither torch nor megatron, so that the launcher answers within a second.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # a converted checkpoint, which belongs to no iteration
+DATA = "data"
+# What a checkpoint's last file is, by --ckpt-format.
+LAST_FILES = {"torch_dist": "metadata.json", "fsdp_dtensor": ".metadata"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `--load` means.
+
+    Attributes:
+        folder: the checkpoint's; None: there is none, training starts anew.
+        step: what `--ckpt-step` has to be for megatron to take it; None: the tracker says so already.
+        remarks: for the log: what is taken instead of what, and why.
+        problem: why nothing can be taken, with the fix; None: all is well.
+    """
+
+    folder: Path | None = None
+    step: int | None = None
+    remarks: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def choose(load: Path, step: int | None, ckpt_format: str) -> Start:
+    """The checkpoint to start from: `step`'s, else the tracker's, else the last complete one.
+
+    Looks at names only; `damage` looks into the checkpoint.
+
+    Args:
+        load: the folder of checkpoints, which may not exist.
+        step: `--ckpt-step`.
+        ckpt_format: `--ckpt-format`; other formats than those of LAST_FILES aren't checked.
+    """
+    if ckpt_format not in LAST_FILES or not load.is_dir():
+        return Start()
+    found = dict(_iterations(load))
+    complete = [n for n, folder in found.items() if _lacks(folder, ckpt_format) is None]
+    if step is not None:
+        if step in complete:
+            return Start(found[step])
+        why = f"{found[step]} {_lacks(found[step], ckpt_format)}" if step in found else f"no {folder_name(step)} in it"
+        return Start(problem=f"--ckpt-step {step} in --load {load}: {why}; {_there_is(complete)}")
+    tracker = load / TRACKER
+    tracked = read_tracker(load)
+    if tracked == RELEASE:
+        return Start(load / RELEASE)
+    if tracked in complete:
+        newer = (n for n in found if n > tracked)
+        remarks = (
+            f"{found[n]} isn't taken: "
+            + (_lacks(found[n], ckpt_format) or f"{tracker} doesn't name it (--ckpt-step {n} takes it)")
+            for n in newer
+        )
+        return Start(found[tracked], remarks=_starting(found[tracked], remarks))
+    if tracked is not None:
+        reason = f"{tracker} names {tracked}, but {_lacks(load / folder_name(tracked), ckpt_format)}"
+    else:
+        reason = f"{tracker} {'is empty or corrupt' if tracker.exists() else 'is missing'}"
+    remarks = [f"{folder} isn't taken: {lack}" for folder in found.values() if (lack := _lacks(folder, ckpt_format))]
+    if not complete:
+        if not found and not tracker.exists():
+            return Start()
+        if tracked is not None or tracker.exists():
+            return Start(problem=f"--load {load}: {reason}; no checkpoint in it is complete")
+        return Start(remarks=(*remarks, f"no checkpoint in {load} is complete: training starts anew"))
+    last = complete[-1]
+    return Start(found[last], step=last, remarks=_starting(found[last], [reason, *remarks]))
+
+
+def _starting(folder: Path, remarks: Any) -> tuple[str, ...]:
+    """What is said: nothing when the newest is taken, as always."""
+    remarks = tuple(remarks)
+    return (f"starting from {folder}", *remarks) if remarks else ()
+
+
+def damage(folder: Path, ckpt_format: str) -> str | None:
+    """What is wrong with a complete checkpoint's files, naming the file; None: each is there, readable and whole.
+
+    `.metadata` is a pickle of torch's own records. It is read without running anything that it names, and one that
+    names anything else is refused, since megatron would run it.
+
+    Args:
+        folder: a checkpoint's.
+    """
+    if ckpt_format not in LAST_FILES or any(folder.glob("mp_rank_*")):
+        return None
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            metadata = _MetadataReader(file).load()
+        ends: dict[str, int] = defaultdict(int)
+        for record in metadata.storage_data.values():
+            ends[record.relative_path] = max(ends[record.relative_path], record.offset + record.length)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except Exception as error:  # an unpickler raises anything at all on bytes that aren't a pickle
+        return f"{folder / '.metadata'} can't be read: {error}"
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if path.parent != folder:
+            return f"{folder / '.metadata'} names a file outside the checkpoint: {name}"
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        if size != end:
+            return f"{path} has {size} bytes of {end}"
+    return None
+
+
+def problem(load: Path, step: int | None, ckpt_format: str) -> str | None:
+    """Why `--load` can't be started from, with the fix; None: it can, or there is nothing to start from."""
+    start = choose(load, step, ckpt_format)
+    if start.problem is not None or start.folder is None:
+        return start.problem
+    if start.folder.name == RELEASE or (fault := damage(start.folder, ckpt_format)) is None:
+        return None
+    others = [
+        n
+        for n, folder in _iterations(load)
+        if folder != start.folder and _lacks(folder, ckpt_format) is None and damage(folder, ckpt_format) is None
+    ]
+    return f"--load {load}: {fault}: the checkpoint is damaged; {_there_is(others)}"
+
+
+def read_tracker(folder: Path) -> int | str | None:
+    """The iteration that a folder's tracker names, or RELEASE; None: there is none, or it names nothing."""
+    try:
+        text = (folder / TRACKER).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return RELEASE if text == RELEASE else int(text) if re.fullmatch(r"[0-9]+", text) else None
+
+
+def mend_tracker(load: Path, ckpt_format: str) -> None:
+    """Write a corrupt tracker anew, over which megatron would stop without an error.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    if (load / TRACKER).exists() and read_tracker(load) is None:
+        _write_tracker(load, choose(load, None, ckpt_format).step)
+
+
+def make_room(save: Path, iteration: int, ckpt_format: str) -> None:
+    """Remove what a checkpoint that is about to be written would be mixed up with: another one of that iteration.
+
+    Megatron writes over it file by file: killed meanwhile, it leaves the new run's shards among the old one's, under a
+    `.metadata` that fits both. The tracker lets go of it first, so that it never names what isn't there.
+    """
+    folder = save / folder_name(iteration)
+    if not folder.is_dir():
+        return
+    if read_tracker(save) == iteration:
+        earlier = [n for n, other in _iterations(save) if n != iteration and _is_whole(other, ckpt_format)]
+        _write_tracker(save, earlier[-1] if earlier else None)
+    _delete(save, iteration)
+
+
+def keep_last(save: Path, count: int, ckpt_format: str) -> list[int]:
+    """Delete all but the last `count` complete checkpoints up to the one that the tracker names.
+
+    Nothing is deleted unless that one is whole. What older saves left half-written goes too; what is newer than the
+    tracker's, which may be in the making, stays.
+
+    Returns:
+        The iterations that were deleted.
+    """
+    last = read_tracker(save)
+    if not isinstance(last, int) or not _is_whole(save / folder_name(last), ckpt_format):
+        return []
+    older = [(n, folder) for n, folder in _iterations(save) if n < last]
+    whole = [n for n, folder in older if _is_whole(folder, ckpt_format)]
+    kept = whole[len(whole) - count + 1 :] if count > 1 else []
+    gone = [n for n, _ in older if n not in kept]
+    for iteration in gone:
+        _delete(save, iteration)
+    return gone
+
+
+def folder_name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _iterations(folder: Path) -> Iterator[tuple[int, Path]]:
+    """The checkpoints in a folder, whole or not, the oldest first."""
+    found = [(int(path.name[5:]), path) for path in folder.glob("iter_*") if re.fullmatch(r"iter_[0-9]+", path.name)]
+    return iter(sorted(found))
+
+
+def _lacks(folder: Path, ckpt_format: str) -> str | None:
+    """Which of its last files a checkpoint lacks; None: it was written to the end."""
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    if any(folder.glob("mp_rank_*")):  # megatron's old format, which has no such file
+        return None
+    for name in dict.fromkeys((".metadata", LAST_FILES[ckpt_format])):
+        if not (folder / name).is_file():
+            return f"it has no {name}: the run ended while saving it"
+    return None
+
+
+def _is_whole(folder: Path, ckpt_format: str) -> bool:
+    return ckpt_format in LAST_FILES and _lacks(folder, ckpt_format) is None and damage(folder, ckpt_format) is None
+
+
+def _there_is(complete: list[int]) -> str:
+    if not complete:
+        return "no other checkpoint in it is complete"
+    return f"complete are {', '.join(map(str, complete))}: --ckpt-step {complete[-1]} takes the last"
+
+
+def _delete(save: Path, iteration: int) -> None:
+    """Delete a checkpoint, first what makes it count as complete."""
+    folder = save / folder_name(iteration)
+    for name in (*LAST_FILES.values(), ".metadata"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+    shutil.rmtree(save / DATA / folder.name, ignore_errors=True)
+
+
+def _write_tracker(folder: Path, iteration: int | None) -> None:
+    if iteration is None:
+        (folder / TRACKER).unlink(missing_ok=True)
+        return
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=TRACKER)
+    with os.fdopen(handle, "w") as file:
+        file.write(str(iteration))
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, folder / TRACKER)
+
+
+class _Record:
+    """Stands in for anything that `.metadata` names: keeps what a pickle gives it and runs nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):  # others, such as a tensor's properties, say nothing about files
+            vars(self).update(state)
+
+
+class _MetadataReader(pickle.Unpickler):
+    """Reads `torch.distributed.checkpoint`'s .metadata without torch."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"):
+            return _Record
+        if (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")) or module == "pathlib":
+            return _Record
+        if module == "torch" and re.fullmatch(r"b?float\w*|u?int\w*|bool|complex\w*|long|half|double|short", name):
+            return _Record
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does; load only your own")
