@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from models import MODEL_REGISTRY, ModelSpec
+from runtime.hf_check import FETCHED, check_folder, hf_weights_of, local_folder
+from runtime.hf_folder import FolderError, HfFolder, has_processor, has_weights, parse_size, read_config
 from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
@@ -54,6 +56,7 @@ def add_multimodal_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the harness' own flags to Megatron's parser (its `extra_args_provider`)."""
     _add_model_args(parser)
     _add_data_args(parser)
+    _add_hf_args(parser)
     return parser
 
 
@@ -140,6 +143,36 @@ def _add_data_args(parser: ArgumentParser) -> None:
     group.add_argument("--total-seq-length", type=int, default=None, help="No effect; a notice says what does it now")
 
 
+def _add_hf_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("HuggingFace weights")
+    group.add_argument(
+        "--load-hf",
+        default=None,
+        metavar="DIR",
+        help="Start from this folder's (or hub name's) weights, config.json and processor; an existing checkpoint of "
+        "--load goes on instead",
+    )
+    group.add_argument(
+        "--save-hf",
+        default=None,
+        metavar="DIR",
+        help="Write the trained model as a HuggingFace folder when training ends; DIR must not be there yet",
+    )
+    group.add_argument(
+        "--save-hf-interval",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Write DIR/iter_0000100 and so on instead: every N iterations, and at the end",
+    )
+    group.add_argument(
+        "--max-shard-size", default="5GB", help="Size of a safetensors file of --save-hf at most, 5GB or 300MB"
+    )
+    group.add_argument(
+        "--allow-nonfinite-weights", action="store_true", help="Accept NaN and infinity in --load-hf's weights"
+    )
+
+
 def parse(argv: list[str] | None = None) -> Namespace:
     """Check and resolve a command line and make it Megatron's global state; exits with code 2 when refused.
 
@@ -197,13 +230,14 @@ def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
     """
     if problems := unknown_flags(argv, _our_flags()):
         raise Refused(problems)
-    args = _read(argv)
+    resolved, argv = _from_hf_folder(_read(argv), argv)
+    args = _read([*resolved, *argv])
     spec, architecture = _architecture(args)
     if args.num_experts == 0:
         architecture = without_experts(architecture)
     if spec.dataset_providers and args.dataset_provider not in spec.dataset_providers:
         raise Refused([unknown_name("--dataset-provider", args.dataset_provider, spec.dataset_providers)])
-    resolved = ["--model-arch", args.model_arch]
+    resolved += ["--model-arch", args.model_arch]
     if args.hf_config is None and args.model_variant is None:
         resolved += ["--model-variant", spec.variants[0]]
     args = _read([*resolved, *architecture, *argv])
@@ -212,7 +246,7 @@ def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
     for_machine = machine_flags(args, machine)
     command_line = [*ALWAYS, *for_machine, *resolved, *architecture, *argv]
     args = _read(command_line)
-    problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args)
+    problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args) + _hf_weights(args, spec)
     if problems:
         raise Refused(problems)
     return command_line
@@ -271,6 +305,54 @@ def notices(args: Namespace, argv: list[str]) -> list[str]:
         why = "heads divide by CP" if kind == "a2a" else "heads don't divide by CP, so no a2a"
         found.append(f"--cp-comm-type {kind} ({why})")
     return found
+
+
+def _from_hf_folder(args: Namespace, argv: list[str]) -> tuple[list[str], list[str]]:
+    """What `--load-hf` implies: the architecture and the processor are the folder's unless flags name others.
+
+    Returns:
+        Flags to put before the user's, and the user's with a hub name replaced by its local folder.
+    """
+    if args.load_hf is None:
+        return [], argv
+    try:
+        folder = local_folder(args.load_hf, FETCHED)
+        read_config(folder)
+    except FolderError as error:
+        raise Refused([f"--load-hf {error}"]) from error
+    implied = []
+    if args.hf_config is None and args.model_variant is None:
+        implied += ["--hf-config", str(folder)]
+    if args.hf_processor_path is None and has_processor(folder):
+        implied += ["--hf-processor-path", str(folder)]
+    return implied, [*argv, "--load-hf", str(folder)]
+
+
+def _hf_weights(args: Namespace, spec: ModelSpec) -> list[str]:
+    """Refusals of `--load-hf` and `--save-hf`: another model, a folder whose tensors don't fit, a target that is there."""
+    problems = []
+    if spec.hf_weights is None:
+        given = [flag for flag, value in (("--load-hf", args.load_hf), ("--save-hf", args.save_hf)) if value]
+        return [f"{flag}: {args.model_arch} has no table of HuggingFace weights" for flag in given]
+    if args.save_hf_interval is not None and (args.save_hf is None or args.save_hf_interval < 1):
+        problems.append(f"--save-hf-interval {args.save_hf_interval}: needs --save-hf DIR and at least 1")
+    if args.save_hf is not None and args.save_hf_interval is None and has_weights(Path(args.save_hf)):
+        problems.append(f"--save-hf {args.save_hf}: there is a model already; give a new folder")
+    try:
+        parse_size(args.max_shard_size)
+    except ValueError as error:
+        problems.append(f"--max-shard-size {error}")
+    if args.load_hf is None:
+        return problems
+    try:
+        folder = HfFolder.open(args.load_hf)
+        hf_weights_of(folder.config, folder.path)
+        problems += [f"--load-hf {args.load_hf}: {p}" for p in spec.hf_weights.mismatches(args, folder.config)]
+        if not problems:
+            check_folder(spec.hf_weights, folder, spec.hf_config(args))
+    except ValueError as error:
+        problems.append(f"--load-hf {error}")
+    return problems
 
 
 def _architecture(args: Namespace) -> tuple[ModelSpec, list[str]]:
