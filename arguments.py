@@ -329,7 +329,7 @@ def _from_hf_folder(args: Namespace, argv: list[str]) -> tuple[list[str], list[s
 
 
 def _hf_weights(args: Namespace, spec: ModelSpec) -> list[str]:
-    """Refusals of `--load-hf` and `--save-hf`: another model, a folder whose tensors don't fit, a target that is there."""
+    """Refusals of `--load-hf` (another model, tensors that don't fit) and `--save-hf` (a target that is there)."""
     problems = []
     if spec.hf_weights is None:
         given = [flag for flag, value in (("--load-hf", args.load_hf), ("--save-hf", args.save_hf)) if value]

@@ -81,8 +81,12 @@ class HfFolder:
                 problems += error.problems
                 continue
             if expected is not None:
-                problems += [f"{file} lacks {name}, which {INDEX} places there" for name in sorted(expected - found.keys())]
-                problems += [f"{file} holds {name}, which {INDEX} doesn't list there" for name in sorted(found.keys() - expected)]
+                problems += [
+                    f"{file} lacks {name}, which {INDEX} places there" for name in sorted(expected - found.keys())
+                ]
+                problems += [
+                    f"{file} holds {name}, which {INDEX} doesn't list there" for name in sorted(found.keys() - expected)
+                ]
             for name, (shape, dtype) in found.items():
                 if dtype not in ITEM_SIZES:
                     problems.append(f"{name}: dtype {dtype}; weights have to be one of {', '.join(ITEM_SIZES)}")

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from transformers import ProcessorMixin
+from typing import TYPE_CHECKING, Any
 
 from runtime.hf_folder import RECORD, HfFolder, companions, read_config
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 PACKAGES = ("torch", "megatron-core", "transformers", "qwen-vl-utils", "datasets", "pillow")
 LOSS = "lm loss"

@@ -181,7 +181,7 @@ def checkpoint_places(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, t
         elif expert := re.search(r"(?<=\.mlp\.experts\.)(\d+)\.", key):
             key = f"{key[: expert.start()]}experts.{key[expert.end() :]}"
             layer, layers = int(expert[1]), config.num_experts
-        gated_delta_net = re.sub(r"input_layernorm\.weight$", "self_attention.A_log", name) in mapping.sources
+        gated_delta_net = f"{name.partition('input_layernorm')[0]}self_attention.A_log" in mapping.sources
         projection = "in_proj" if gated_delta_net else "linear_qkv"
         key = re.sub(r"\.input_layernorm\.", f".self_attention.{projection}.layer_norm_", key)
         if vit or not config.is_moe:
