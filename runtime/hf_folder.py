@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -352,7 +352,7 @@ def write_tensors(
 
     Args:
         folder: there already.
-        tensors: what to write, in this order but for a shard's inner order.
+        tensors: what to write; see `write_order`.
         max_shard_size: bytes of a shard, unless one tensor alone is larger.
 
     Yields:
@@ -383,6 +383,16 @@ def write_tensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def write_order(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> list[str]:
+    """The order in which `write_tensors` asks for values."""
+    return [name for names in _shards(tensors, max_shard_size) for name in _inner_order(names, tensors)]
+
+
+def _inner_order(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Wide items first, as the library has it: every tensor starts at a multiple of its item's size."""
+    return sorted(names, key=lambda name: -ITEM_SIZES[tensors[name].dtype])
+
+
 def _shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
@@ -403,8 +413,7 @@ def _write_shard(file: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tupl
     import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Wide items first, as the library has it: every tensor starts at a multiple of its item's size.
-    ordered = sorted(tensors, key=lambda name: -ITEM_SIZES[tensors[name].dtype])
+    ordered = _inner_order(tensors, tensors)
     end = 0
     for name in ordered:
         info = tensors[name]

@@ -24,7 +24,16 @@ from models import MODEL_REGISTRY
 from models.base import MultimodalModel
 from models.weight_map import Held, Piece, Rank, WeightMap, WeightMismatch, fill, plan, whole
 from runtime.hf_check import check_folder, tensor_infos
-from runtime.hf_folder import HfFolder, has_weights, new_folder, open_tensors, parse_size, torch_dtype, write_tensors
+from runtime.hf_folder import (
+    HfFolder,
+    has_weights,
+    new_folder,
+    open_tensors,
+    parse_size,
+    torch_dtype,
+    write_order,
+    write_tensors,
+)
 
 Region = tuple[slice | int, ...]
 
@@ -204,14 +213,14 @@ def save_hf(
         for piece, values in _owned(mapping, spec.parameters(config, model), model, holder(chunk)):
             own.setdefault(piece.name, []).append((piece.foreign_index, values))
     senders = _who_sends(own)
+    size = parse_size(args.max_shard_size)
     if args.rank != 0:
-        for name, info in infos.items():
+        for name in write_order(infos, size):
             if name in own:
                 values = [values.reshape(-1) for _, values in own[name]]
-                dist.send(torch.cat(values).to(torch_dtype(info.dtype)), dst=0)
+                dist.send(torch.cat(values).to(torch_dtype(infos[name].dtype)), dst=0)
         return
     with new_folder(target) as folder:
-        size = parse_size(args.max_shard_size)
         for name, tensor in write_tensors(folder, infos, size, title=f"writing {target}"):
             covered = 0
             for rank, regions in senders.get(name, {}).items():
