@@ -70,6 +70,32 @@ def weight_map(config: Qwen35VLConfig, layout: HfLayout | None = None) -> Weight
     return WeightMap(sources, ignored, copies)
 
 
+def canonical_name(name: str) -> str:
+    """A parameter's name in either backend's modules -> the canonical spelling; numbers stay as they are."""
+    for pattern, canonical in _ALIASES:
+        name = re.sub(pattern, canonical, name)
+    return name
+
+
+def module_names(name: str, mapping: WeightMap) -> list[str]:
+    """The reverse: every backend's spelling of a canonical name."""
+    if expert := re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(linear_fc[12])\.weight", name):
+        layer, number, linear = expert.groups()
+        return [f"{layer}.local_experts.{number}.{linear}.weight", f"{layer}.{linear}.weight{number}"]
+    names = [name]
+    for norm, projections in (
+        (".input_layernorm.", (".self_attention.in_proj", ".self_attention.linear_qkv")),
+        (".pre_mlp_layernorm.", (".mlp.linear_fc1",)),
+    ):
+        if norm in name:
+            layer, kind = name.split(norm)
+            there = (
+                layer + projection for projection in projections if f"{layer}{projection}.weight" in mapping.sources
+            )
+            names += [f"{projection}.layer_norm_{kind}" for projection in there]
+    return names
+
+
 def canonical_parameters(
     model: nn.Module, config: Qwen35VLConfig, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -91,9 +117,8 @@ def canonical_parameters(
     for name, parameter in model.named_parameters():
         if layer := re.match(r"((?:.*\.)?decoder\.layers)\.\d+(?=\.)", name):
             name = f"{layer[1]}.{layers[layer[0]]}{name[layer.end() :]}"
-        for pattern, canonical in _ALIASES:
-            name = re.sub(pattern, canonical, name)
-        name = re.sub(r"(?<=\.mlp\.experts\.)\d+", lambda match: str(int(match[0]) + first_expert), prefix + name)
+        name = prefix + canonical_name(name)
+        name = re.sub(r"(?<=\.mlp\.experts\.)\d+", lambda match: str(int(match[0]) + first_expert), name)
         if name == OUTPUT and config.tie_word_embeddings:
             name = EMBEDDING  # the last pipeline stage's copy
         yield name, parameter
