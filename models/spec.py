@@ -81,6 +81,7 @@ class HfWeights:
     mapping: a config and the names of a folder's tensors (none: as the released folders store them) -> the table.
     parameters: a config and a model stage of this rank -> its parameters by canonical name.
     places: a config and its table -> where a `torch_dist` checkpoint keeps each canonical parameter.
+    fsdp_places: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
     dtype: a tensor's name -> its dtype in released folders, as safetensors spells it.
     vocab_size: a config -> rows of the embedding.
     """
@@ -90,6 +91,7 @@ class HfWeights:
     mapping: Callable[[Mapping[str, Any], Iterable[str]], WeightMap]
     parameters: Callable[[Mapping[str, Any], nn.Module], Iterator[tuple[str, nn.Parameter]]]
     places: Callable[[Mapping[str, Any], WeightMap], Mapping[str, tuple[Place, ...]]]
+    fsdp_places: Callable[[Mapping[str, Any], WeightMap], Mapping[str, list[tuple[Place, ...]]]]
     dtype: Callable[[str], str]
     vocab_size: Callable[[Mapping[str, Any]], int]
 

@@ -128,10 +128,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a `torch_dist` checkpoint keeps rows (columns, by the source's `dim`) `start:start + count` of a parameter.
+    """Where a checkpoint keeps rows (columns, by the source's `dim`) `start:start + count` of a parameter.
 
     key: the checkpoint's tensor, which is the whole model's.
     layer: index into a leading dimension of `layers`, where layers or experts share one tensor; None elsewhere.
+    offset: the row (column) of the checkpoint's tensor where they begin.
     """
 
     key: str
@@ -139,6 +140,7 @@ class Place:
     count: int
     layer: int | None = None
     layers: int = 0
+    offset: int = 0
 
 
 def pieces(source: Source, rank: int, size: int) -> Iterator[Piece]:

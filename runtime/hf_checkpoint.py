@@ -1,20 +1,21 @@
 """HuggingFace folder <-> Megatron checkpoint, on one process without torchrun, a tensor at a time.
 
-A `torch_dist` checkpoint names its tensors as the whole model's, whatever layout and backend wrote it
-(`ModelSpec.hf_weights.places`), so neither direction builds a model. torch.distributed.checkpoint reads and writes the
-files: of each tensor only the part that is asked for is in memory. Knows no architecture.
+A checkpoint names its tensors as the whole model's, whatever layout wrote it, so neither direction builds a model.
+Where each parameter lies is `ModelSpec.hf_weights.places` for `torch_dist`, whose names are the same from either
+backend, and `.fsdp_places` for `fsdp_dtensor`, whose names are the modules'. torch.distributed.checkpoint reads and
+writes the files: of each tensor only the part that is asked for is in memory. Knows no architecture.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial, reduce
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 # What load_checkpoint() reads of a release besides tensors.
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"singleton_local_shards": False}}
+_NOT_THE_MODEL = ("optimizer.", "rng_state")
 _WRITTEN_AT_ONCE = 100 * 2**20  # bytes; torch keeps what goes into one file in memory
 
 
@@ -102,10 +104,10 @@ def export_checkpoint(
     spec = hf_weights_of(config, hf)
     origin = HfOrigin.of_checkpoint(hf)
     mapping = spec.mapping(config, origin.record)
-    places = spec.places(config, mapping)
     infos = tensor_infos(spec, mapping, origin.record)
     tensors = CheckpointTensors(folder)
-    _check_keys(tensors, mapping, places)
+    places, synonyms = _places(spec, config, mapping, tensors)
+    _check_keys(tensors, mapping, places, synonyms)
     wanted: dict[str, list[tuple[str, Piece]]] = {}
     for name, source in mapping.sources.items():
         for piece in pieces(source, 0, 1):
@@ -125,6 +127,40 @@ def _copy_place(tensors: CheckpointTensors, source: Source, place: Place, piece:
     if common is not None:
         region = target[common.foreign_index]
         region.copy_(tensors.place(source, place)[common.index].reshape(region.shape))
+
+
+def _places(
+    spec: HfWeights, config: Mapping[str, Any], mapping: WeightMap, tensors: CheckpointTensors
+) -> tuple[Mapping[str, tuple[Place, ...]], set[str]]:
+    """Where this checkpoint has each parameter, and what other keys the same may have (imported checkpoints do)."""
+    if not any(key.startswith("model.") for key in tensors.metadata):
+        return spec.places(config, mapping), set()
+    places = {}
+    ranks = 1
+    synonyms: set[str] = set()
+    for name, alternatives in spec.fsdp_places(config, mapping).items():
+        synonyms |= {place.key for option in alternatives for place in option}
+        there = (option for option in alternatives if all(place.key in tensors.metadata for place in option))
+        places[name] = next(there, alternatives[0])
+        source, entry = mapping.sources[name], tensors.metadata.get(places[name][0].key)
+        if source.dim == 1 and source.sharded and not source.is_expert and entry is not None:
+            ranks = max(ranks, len({chunk.offsets[1] for chunk in entry.chunks}))  # a rank's columns are a chunk
+    return {name: _rank_by_rank(mapping.sources[name], option, ranks) for name, option in places.items()}, synonyms
+
+
+def _rank_by_rank(source: Source, places: tuple[Place, ...], ranks: int) -> tuple[Place, ...]:
+    """`fsdp_dtensor` puts tensor-parallel ranks' shares one after the other, each with its share of every part."""
+    if len(places) > 1 or not source.sharded or ranks == 1:
+        return places  # nothing cut, or a part by itself
+    found, offset = [], 0
+    for rank in range(ranks):
+        start = 0
+        for part in source.parts:
+            whole = sum(run.count for run in part)
+            count = whole // ranks
+            found.append(Place(places[0].key, start + rank * count, count, offset=offset))
+            start, offset = start + whole, offset + count
+    return tuple(found)
 
 
 def find_checkpoint(path: Path, iteration: int | None = None) -> tuple[Path, Path]:
@@ -181,10 +217,12 @@ class CheckpointTensors:
         if self._last is None or self._last[0] != place:
             self._last = None  # freed first
             shape = place_shape(source, place)
+            offsets = [0] * len(shape)
+            offsets[source.dim] = place.offset
             if place.layer is None:
-                values = self.read(place.key, (0,) * len(shape), shape)
+                values = self.read(place.key, tuple(offsets), shape)
             else:
-                values = self.read(place.key, (place.layer, *(0 for _ in shape)), (1, *shape))[0]
+                values = self.read(place.key, (place.layer, *offsets), (1, *shape))[0]
             self._last = (place, values)
         return self._last[1]
 
@@ -232,12 +270,15 @@ def place_shape(source: Source, place: Place) -> tuple[int, ...]:
 
 
 def key_shape(source: Source, place: Place) -> tuple[int, ...]:
-    """Shape of the checkpoint's tensor that a place is in."""
-    shape = place_shape(source, place)
-    return shape if place.layer is None else (place.layers, *shape)
+    """Shape of the checkpoint's tensor that a place is the end of."""
+    shape = list(place_shape(source, place))
+    shape[source.dim] += place.offset
+    return tuple(shape) if place.layer is None else (place.layers, *shape)
 
 
-def _check_keys(tensors: CheckpointTensors, mapping: WeightMap, places: Mapping[str, tuple[Place, ...]]) -> None:
+def _check_keys(
+    tensors: CheckpointTensors, mapping: WeightMap, places: Mapping[str, tuple[Place, ...]], synonyms: set[str]
+) -> None:
     """Every parameter is there in its shape, and every tensor of the model has its place.
 
     Raises:
@@ -249,7 +290,7 @@ def _check_keys(tensors: CheckpointTensors, mapping: WeightMap, places: Mapping[
     problems = [f"{key}: not in the checkpoint" for key in known if key not in tensors.metadata]
     for key, entry in tensors.metadata.items():
         if key not in known:
-            if not key.startswith("optimizer."):
+            if key not in synonyms and not key.startswith(_NOT_THE_MODEL):
                 problems.append(f"{key}: in the checkpoint, and maps to no tensor")
         elif tuple(entry.size) != known[key]:
             problems.append(f"{key}: has shape {tuple(entry.size)} in the checkpoint, expected {known[key]}")
@@ -260,12 +301,20 @@ def _check_keys(tensors: CheckpointTensors, mapping: WeightMap, places: Mapping[
 # Import
 
 
-def import_folder(hf: Path | str, output: Path | str, *, allow_nonfinite: bool = False, quiet: bool = False) -> Path:
-    """Write a HuggingFace folder as a `torch_dist` checkpoint, which every layout and backend loads with `--load`.
+def import_folder(
+    hf: Path | str,
+    output: Path | str,
+    *,
+    ckpt_format: Literal["torch_dist", "fsdp_dtensor"] = "torch_dist",
+    allow_nonfinite: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Write a HuggingFace folder as a checkpoint, which every layout of its format and either backend load.
 
     Args:
         hf: a folder with config.json and safetensors.
         output: must not be there yet.
+        ckpt_format: fsdp_dtensor for Megatron-FSDP, which loads it with `--finetune`.
         allow_nonfinite: accept NaN and infinity.
         quiet: no progress on stderr.
 
@@ -278,18 +327,22 @@ def import_folder(hf: Path | str, output: Path | str, *, allow_nonfinite: bool =
     folder = HfFolder.open(hf)
     spec = hf_weights_of(folder.config, folder.path)
     mapping = check_folder(spec, folder, folder.config)
-    planner = ImportPlanner(spec, folder, mapping)
+    planner = ImportPlanner(spec, folder, mapping, ckpt_format)
     with (
         new_folder(Path(output)) as new,
         open_tensors(folder, mapping.copies, title=f"importing {folder.path}", quiet=quiet) as tensors,
     ):
         planner.tensors = tensors
-        save_checkpoint({}, storage_writer=_PiecewiseWriter(new / RELEASE), planner=planner, no_dist=True)
+        writer = _PiecewiseWriter(new / RELEASE, planner.aliases)
+        save_checkpoint({}, storage_writer=writer, planner=planner, no_dist=True)
         problems = [f"{name}: has NaN or infinity" for name in sorted(tensors.not_finite) if not allow_nonfinite]
         problems += [f"{copy}: differs from {name}, to which config.json ties it" for name, copy in tensors.unequal]
         if problems:
             raise WeightMismatch(problems)
-        (new / RELEASE / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+        if ckpt_format == "torch_dist":
+            (new / RELEASE / "metadata.json").write_text(
+                '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+            )
         write_hf_folder(new / "hf", folder.config, None, HfOrigin(folder.path, folder.dtypes), with_record=True)
         (new / TRACKER).write_text(RELEASE)
     return Path(output)
@@ -299,13 +352,22 @@ class ImportPlanner(SavePlanner):
     """Plans a checkpoint's tensors; each is read from the HuggingFace folder when it is about to be written.
 
     tensors: where from; set before anything is written.
+    aliases: key -> further names of the same bytes, for readers with another backend.
     """
 
-    def __init__(self, spec: HfWeights, folder: HfFolder, mapping: WeightMap) -> None:
+    def __init__(self, spec: HfWeights, folder: HfFolder, mapping: WeightMap, ckpt_format: str) -> None:
         self.tensors: FolderTensors | None = None
         self._items: list[WriteItem] = []
         self._values: dict[tuple[str, torch.Size | None], Callable[[], Tensor | io.BytesIO]] = {}
-        places = spec.places(folder.config, mapping)
+        self.aliases: dict[str, list[str]] = {}
+        if ckpt_format == "torch_dist":
+            places = spec.places(folder.config, mapping)
+        else:
+            alternatives = spec.fsdp_places(folder.config, mapping)
+            places = {name: first for name, (first, *_) in alternatives.items()}
+            for first, *others in alternatives.values():
+                for i, place in enumerate(first):
+                    self.aliases[place.key] = [other[i].key for other in others]
         dtypes: dict[str, torch.dtype] = {}  # of a key; the widest, where a folder mixes some in one parameter
         modules: dict[str, int] = {}
         for name, of_parameter in places.items():
@@ -316,11 +378,16 @@ class ImportPlanner(SavePlanner):
         for name, of_parameter in places.items():
             for place in of_parameter:
                 self._add_tensor(mapping.sources[name], place, dtypes[place.key])
+        if ckpt_format == "fsdp_dtensor":
+            for key, value in {**COMMON_STATE, "args": None}.items():
+                self._add_object(key, value)
+            return
         for module, layers in modules.items():
             # What Transformer Engine keeps of a module besides its parameters: nothing yet. Loading asks for it.
             for i in range(max(layers, 1)):
-                self._add_object(f"{module}._extra_state/shard_{i}_{max(layers, 1)}", None)
-        self._add_object("common_state/shard_0_1", COMMON_STATE)
+                # In a list, as megatron-core has it.
+                self._add_object(f"{module}._extra_state/shard_{i}_{max(layers, 1)}", [None])
+        self._add_object("common_state/shard_0_1", [COMMON_STATE])
 
     def _add_tensor(self, source: Source, place: Place, dtype: torch.dtype) -> None:
         shape = place_shape(source, place)
@@ -336,7 +403,7 @@ class ImportPlanner(SavePlanner):
 
     def _add_object(self, key: str, value: Any) -> None:
         encoded = io.BytesIO()
-        torch.save([value], encoded)  # in a list, as megatron-core has it
+        torch.save(value, encoded)
         self._items.append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
         self._values[key, None] = lambda: encoded
 
@@ -358,7 +425,10 @@ class ImportPlanner(SavePlanner):
         return SavePlan(self._items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
+        plans, metadata = create_default_global_save_plan(all_plans)
+        for key, others in self.aliases.items():
+            metadata.state_dict_metadata |= dict.fromkeys(others, metadata.state_dict_metadata[key])
+        return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
@@ -373,14 +443,23 @@ def module_of(key: str) -> str:
 
 
 class _PiecewiseWriter(FileSystemWriter):
-    """Writes a plan in several files: torch keeps all of a file's tensors in memory until it is complete."""
+    """Writes a plan in several files: torch keeps all of a file's tensors in memory until it is complete.
+
+    aliases: see `ImportPlanner`.
+    """
+
+    def __init__(self, path: Path, aliases: Mapping[str, list[str]]) -> None:
+        super().__init__(path)
+        self._aliases = aliases
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         for number, items in enumerate(_batches(plan.items)):
             # As if each came from a rank of its own.
-            part = dataclasses.replace(plan, items=items, storage_data=_StoragePrefix(f"__{number}_"))
-            results += super().write_data(part, planner).wait()
+            part = replace(plan, items=items, storage_data=_StoragePrefix(f"__{number}_"))
+            for result in super().write_data(part, planner).wait():
+                names = [result.index.fqn, *self._aliases.get(result.index.fqn, ())]
+                results += [replace(result, index=replace(result.index, fqn=name)) for name in names]
         written: Future[list[WriteResult]] = Future()
         written.set_result(results)
         return written

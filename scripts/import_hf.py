@@ -16,7 +16,12 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hf", required=True, help="A folder with config.json and safetensors, or a hub name")
     parser.add_argument("--output", required=True, type=Path, help="The new checkpoint, for --load")
-    parser.add_argument("--ckpt-format", choices=["torch_dist"], default="torch_dist", help="Format of the checkpoint")
+    parser.add_argument(
+        "--ckpt-format",
+        choices=["torch_dist", "fsdp_dtensor"],
+        default="torch_dist",
+        help="fsdp_dtensor for Megatron-FSDP, without tensor parallelism",
+    )
     parser.add_argument(
         "--allow-nonfinite-weights", action="store_true", help="Accept NaN and infinity in the folder's weights"
     )
@@ -29,7 +34,12 @@ def main() -> None:
     # As Ctrl-C: the unfinished checkpoint is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        import_folder(local_folder(args.hf), args.output, allow_nonfinite=args.allow_nonfinite_weights)
+        import_folder(
+            local_folder(args.hf),
+            args.output,
+            ckpt_format=args.ckpt_format,
+            allow_nonfinite=args.allow_nonfinite_weights,
+        )
     except ValueError as error:
         sys.exit(f"Refused: {error}")
     print(f"wrote {args.output}")

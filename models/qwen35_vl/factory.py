@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from data import DATASET_PROVIDERS
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
-from models.qwen35_vl.hf_weights import HfLayout, canonical_parameters, checkpoint_places, default_dtype, weight_map
+from models.qwen35_vl.hf_weights import (
+    HfLayout,
+    canonical_parameters,
+    checkpoint_places,
+    default_dtype,
+    fsdp_places,
+    weight_map,
+)
 from models.qwen35_vl.layout import check_layout
 from models.spec import HfWeights, ModelInputs, ModelSpec
 from models.weight_map import Place, WeightMap
@@ -103,6 +110,10 @@ def _checkpoint_places(config: Mapping[str, Any], mapping: WeightMap) -> dict[st
     return checkpoint_places(Qwen35VLConfig.from_hf(config), mapping)
 
 
+def _fsdp_places(config: Mapping[str, Any], mapping: WeightMap) -> dict[str, list[tuple[Place, ...]]]:
+    return fsdp_places(Qwen35VLConfig.from_hf(config), mapping)
+
+
 QWEN35_VL = ModelSpec(
     variants=tuple(VARIANTS),
     flags=_flags,
@@ -121,6 +132,7 @@ QWEN35_VL = ModelSpec(
         mapping=_hf_mapping,
         parameters=_hf_parameters,
         places=_checkpoint_places,
+        fsdp_places=_fsdp_places,
         dtype=default_dtype,
         vocab_size=lambda config: Qwen35VLConfig.from_hf(config).vocab_size,
     ),

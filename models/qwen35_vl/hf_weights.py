@@ -70,32 +70,6 @@ def weight_map(config: Qwen35VLConfig, layout: HfLayout | None = None) -> Weight
     return WeightMap(sources, ignored, copies)
 
 
-def canonical_name(name: str) -> str:
-    """A parameter's name in either backend's modules -> the canonical spelling; numbers stay as they are."""
-    for pattern, canonical in _ALIASES:
-        name = re.sub(pattern, canonical, name)
-    return name
-
-
-def module_names(name: str, mapping: WeightMap) -> list[str]:
-    """The reverse: every backend's spelling of a canonical name."""
-    if expert := re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(linear_fc[12])\.weight", name):
-        layer, number, linear = expert.groups()
-        return [f"{layer}.local_experts.{number}.{linear}.weight", f"{layer}.{linear}.weight{number}"]
-    names = [name]
-    for norm, projections in (
-        (".input_layernorm.", (".self_attention.in_proj", ".self_attention.linear_qkv")),
-        (".pre_mlp_layernorm.", (".mlp.linear_fc1",)),
-    ):
-        if norm in name:
-            layer, kind = name.split(norm)
-            there = (
-                layer + projection for projection in projections if f"{layer}{projection}.weight" in mapping.sources
-            )
-            names += [f"{projection}.layer_norm_{kind}" for projection in there]
-    return names
-
-
 def canonical_parameters(
     model: nn.Module, config: Qwen35VLConfig, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -117,8 +91,9 @@ def canonical_parameters(
     for name, parameter in model.named_parameters():
         if layer := re.match(r"((?:.*\.)?decoder\.layers)\.\d+(?=\.)", name):
             name = f"{layer[1]}.{layers[layer[0]]}{name[layer.end() :]}"
-        name = prefix + canonical_name(name)
-        name = re.sub(r"(?<=\.mlp\.experts\.)\d+", lambda match: str(int(match[0]) + first_expert), name)
+        for pattern, canonical in _ALIASES:
+            name = re.sub(pattern, canonical, name)
+        name = re.sub(r"(?<=\.mlp\.experts\.)\d+", lambda match: str(int(match[0]) + first_expert), prefix + name)
         if name == OUTPUT and config.tie_word_embeddings:
             name = EMBEDDING  # the last pipeline stage's copy
         yield name, parameter
@@ -221,6 +196,42 @@ def checkpoint_places(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, t
             for i, (part, count) in enumerate(zip(parts, counts, strict=True))
         )
     return places
+
+
+def fsdp_places(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, list[tuple[Place, ...]]]:
+    """Where an `fsdp_dtensor` checkpoint has each parameter: one alternative for each spelling.
+
+    Names are those of modules, of either backend, with and without the wrapper of 16-bit models. A gated FFN's halves
+    are two tensors (megatron-core's `handle_swiglu_in_state_dict`).
+    """
+    places = {}
+    for name, source in mapping.sources.items():
+        size = source.shape[source.dim]
+        gated = name.endswith("linear_fc1.weight") and len(source.parts) == 2
+        halves = (("_w", 0, size // 2), ("_v", size // 2, size // 2)) if gated else (("", 0, size),)
+        places[name] = [
+            tuple(Place(f"{level}{spelling}{half}", start, count) for half, start, count in halves)
+            for level in ("model.module.", "model.")
+            for spelling in _module_names(name, mapping)
+        ]
+    return places
+
+
+def _module_names(name: str, mapping: WeightMap) -> list[str]:
+    """`_ALIASES` the other way round: every backend's spelling of a canonical name."""
+    if expert := re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(linear_fc[12])\.weight", name):
+        layer, number, linear = expert.groups()
+        return [f"{layer}.local_experts.{number}.{linear}.weight", f"{layer}.{linear}.weight{number}"]
+    names = [name]
+    for norm, projections in (
+        (".input_layernorm.", (".self_attention.in_proj", ".self_attention.linear_qkv")),
+        (".pre_mlp_layernorm.", (".mlp.linear_fc1",)),
+    ):
+        if norm in name:
+            layer, kind = name.split(norm)
+            there = (layer + behind for behind in projections if f"{layer}{behind}.weight" in mapping.sources)
+            names += [f"{projection}.layer_norm_{kind}" for projection in there]
+    return names
 
 
 # The table
