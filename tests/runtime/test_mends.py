@@ -270,3 +270,15 @@ class TestMixedParameters:
 
     def test_is_mended(self, mended_class: type) -> None:
         assert self.places(mended_class) == [(0, 1), (0, 0)]
+
+
+class TestFsdpStartsFromLoadedWeights:
+    NAME = "megatron.core.optimizer.distrib_optimizer"
+    OPTIMIZER = SimpleNamespace(optimizer=None, ddp_config=SimpleNamespace(use_megatron_fsdp=True))
+
+    def test_is_still_broken(self) -> None:
+        with pytest.raises(NotImplementedError, match="model-to-main parameter update"):
+            pristine(self.NAME).DistributedOptimizer._copy_model_params_to_main_params(self.OPTIMIZER)
+
+    def test_mended(self) -> None:
+        importlib.import_module(self.NAME).DistributedOptimizer._copy_model_params_to_main_params(self.OPTIMIZER)
