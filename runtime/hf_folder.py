@@ -268,18 +268,25 @@ class FolderTensor:
 
 @contextmanager
 def open_tensors(
-    folder: HfFolder, copies: Mapping[str, str] | None = None, *, title: str, quiet: bool = False
+    folder: HfFolder,
+    copies: Mapping[str, str] | None = None,
+    *,
+    title: str,
+    total: int | None = None,
+    quiet: bool = False,
 ) -> Iterator[FolderTensors]:
     """Slices of a folder's tensors, with progress on stderr.
 
     Args:
         copies: see `models.weight_map.WeightMap`; slices of both are compared.
         title: what the progress line calls it.
+        total: bytes that will be read; the whole folder's by default.
         quiet: show none.
     """
     from tqdm import tqdm
 
-    with tqdm(total=folder.bytes, desc=title, unit="B", unit_scale=True, disable=quiet, mininterval=1) as progress:
+    total = folder.bytes if total is None else total
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=quiet, mininterval=1) as progress:
         yield FolderTensors(folder, copies or {}, progress)
 
 

@@ -22,9 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from models import MODEL_REGISTRY
 from models.base import MultimodalModel
+from models.spec import HfWeights
 from models.weight_map import Held, Piece, Rank, WeightMap, WeightMismatch, fill, plan, whole
 from runtime.hf_check import check_folder, tensor_infos
 from runtime.hf_folder import (
+    ITEM_SIZES,
     HfFolder,
     has_weights,
     new_folder,
@@ -60,9 +62,17 @@ def load_hf(args: Namespace, chunks: list[nn.Module]) -> list[nn.Module]:
     folder = HfFolder.open(args.load_hf)
     mapping = check_folder(spec, folder, config)
     if args.rank == 0:
-        for notice in ignored_tensors(mapping, folder):
-            print(f"notice: {notice}")
-    with open_tensors(folder, mapping.copies, title=f"rank 0 reads {folder.path}", quiet=args.rank != 0) as tensors:
+        for notice in (*ignored_tensors(mapping, folder), *rounded_tensors(args, spec, folder)):
+            print(f"notice: {folder.path}: {notice}")
+    own = sum(
+        held(parameter).tensor.numel() * ITEM_SIZES[folder.dtypes[next(mapping.sources[name].runs).name]]
+        for chunk in chunks
+        for held in [holder(chunk)]
+        for name, parameter in spec.parameters(config, bare_model(chunk))
+        if name in mapping.sources
+    )
+    title = f"rank 0 reads its part of {folder.path}"
+    with open_tensors(folder, mapping.copies, title=title, total=own, quiet=args.rank != 0) as tensors:
         for chunk in chunks:
             model = bare_model(chunk)
             fill(mapping, spec.parameters(config, model), Rank.of(model.pg_collection), tensors, holder(chunk))
@@ -84,7 +94,17 @@ def ignored_tensors(mapping: WeightMap, folder: HfFolder) -> Iterator[str]:
         if name not in mapping.tensors and (reason := mapping.reason_to_ignore(name)) is not None:
             reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        yield f"{folder.path}: {len(names)} tensors left out, {names[0]} the first: {reason}"
+        yield f"{len(names)} tensors left out, {names[0]} the first: {reason}"
+
+
+def rounded_tensors(args: Namespace, spec: HfWeights, folder: HfFolder) -> Iterator[str]:
+    """What the run's precision can't hold."""
+    own = "BF16" if args.bf16 else "F16" if args.fp16 else None
+    rounded = [
+        name for name, dtype in folder.dtypes.items() if own and dtype != own and spec.dtype(name) not in ("F32", dtype)
+    ]
+    if rounded:
+        yield f"{len(rounded)} tensors, {rounded[0]} the first, are rounded from {folder.dtypes[rounded[0]]} to {own}"
 
 
 def check_values(not_finite: set[str], unequal: set[tuple[str, str]], allow_nonfinite: bool) -> None:
@@ -124,10 +144,11 @@ def holder(chunk: nn.Module) -> Callable[[nn.Parameter], Held]:
         if distributed is None or not isinstance(distributed.data, DTensor):
             return whole(parameter)
         shape = tuple(distributed.orig_param.shape)  # tensor parallelism's share
-        row = distributed.orig_param.numel() // shape[0]
-        # megatron-core's own attribute: elements of the flattened share. It cuts between rows.
-        first = distributed.megatron_fsdp_slice.start
-        return Held(shape, distributed.data.to_local().view(-1, *shape[1:]), first // row)
+        rows = distributed.data.to_local().view(-1, *shape[1:])  # megatron-core cuts between rows
+        if len(rows) == shape[0]:
+            return Held(shape, rows)
+        # megatron-core's own attribute: elements of the flattened share.
+        return Held(shape, rows, distributed.megatron_fsdp_slice.start * shape[0] // distributed.orig_param.numel())
 
     return held
 
@@ -210,7 +231,7 @@ def save_hf(
     own: dict[str, list[tuple[Region, Tensor]]] = {}
     for chunk in chunks:
         model = bare_model(chunk)
-        for piece, values in _owned(mapping, spec.parameters(config, model), model, holder(chunk)):
+        for piece, values in _owned(mapping, spec.parameters(config, model), model, chunk):
             own.setdefault(piece.name, []).append((piece.foreign_index, values))
     senders = _who_sends(own)
     size = parse_size(args.max_shard_size)
@@ -245,18 +266,18 @@ def _owned(
     mapping: WeightMap,
     parameters: Iterable[tuple[str, nn.Parameter]],
     model: MultimodalModel,
-    held: Callable[[nn.Parameter], Held],
+    chunk: nn.Module,
 ) -> Iterator[tuple[Piece, Tensor]]:
-    """This rank's pieces, without those that replicas of it hold too."""
+    """This rank's pieces, without those that data-parallel and tensor-parallel replicas of it hold too."""
     groups = model.pg_collection
     rank = Rank.of(groups)
     problems: list[str] = []
-    planned = plan(mapping, parameters, rank, problems, held)
+    planned = plan(mapping, parameters, rank, problems, holder(chunk))
     if problems:
         raise WeightMismatch(problems)
-    for name, parameter, tensor, cut in planned:
+    sharded = bool(_fsdp_modules(chunk))
+    for name, _, tensor, cut in planned:
         source = mapping.sources[name]
-        sharded = isinstance(parameter.data, DTensor) or hasattr(parameter, "__fsdp_param__")
         replica = 0 if sharded else (groups.expt_dp if source.is_expert else groups.dp_cp).rank()
         if replica == 0 and (source.sharded or rank.tp == 0):
             for piece in cut:
