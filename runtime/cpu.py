@@ -204,7 +204,9 @@ def _uneven_scatter(original: Function) -> Function:
             return original(output, input_list, op=op, group=group, async_op=async_op)
         parts = output.new_empty(len(sizes), output.numel())
         shares = torch.cat([share.detach().flatten() for share in input_list])
-        torch.distributed.all_to_all_single(parts.view(-1), shares, [output.numel()] * len(sizes), sizes, group=group)
+        torch.distributed.all_to_all_single(
+            parts.view(-1), shares, [output.numel()] * len(sizes), sizes, group=group
+        )
         output.copy_(parts.sum(0).view_as(output))
 
     return reduce_scatter

@@ -220,7 +220,9 @@ class Watch:
 
             router.gating = watched
 
-    def _compare(self, full: Callable[[list[nn.Module]], Iterable[tuple[str, Tensor]]], file: str) -> Differences:
+    def _compare(
+        self, full: Callable[[list[nn.Module]], Iterable[tuple[str, Tensor]]], file: str
+    ) -> Differences:
         """This rank's regions of the HF tensors against the reference's, which the reference itself writes first."""
         shares = []
         for chunk in self._model:

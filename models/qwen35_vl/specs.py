@@ -167,7 +167,5 @@ def _moe_spec(config: TransformerConfig, backend: Backend) -> MlpBuilder:
     submodules = builder.keywords["submodules"]
     submodules.router = PerTokenLossRouter
     if not config.use_grouped_gemm_for_shared_expert:  # else a class of Transformer Engine's
-        submodules.shared_experts = partial(
-            SharedExpertMLP, submodules=submodules.shared_experts.keywords["submodules"]
-        )
+        submodules.shared_experts = partial(SharedExpertMLP, submodules=submodules.shared_experts.keywords["submodules"])
     return partial(builder.func, submodules=submodules)

@@ -4,7 +4,6 @@
 
 Not a test: a program that test_fsdp.py starts.
 """
-
 from __future__ import annotations
 
 import hashlib
@@ -37,7 +36,6 @@ from runtime.full_tensors import full_gradients, full_parameters  # noqa
 def global_name(name: str) -> str:
     def shift(found):
         return f"local_experts.{int(found[1]) + shift.offset}."
-
     if "local_experts" in name:
         local = training.get_args().num_experts // mpu.get_expert_model_parallel_world_size()
         shift.offset = local * mpu.get_expert_model_parallel_rank()
@@ -79,10 +77,7 @@ def fill(model) -> None:
 
 
 def gather(items):
-    own = {
-        global_name(n): t.detach().clone().double() if t.dtype == torch.float64 else t.detach().clone()
-        for n, t in items
-    }
+    own = {global_name(n): t.detach().clone().double() if t.dtype == torch.float64 else t.detach().clone() for n, t in items}
     ranks = mpu.get_expert_tensor_parallel_world_size()
     if ranks > 1:
         slices = [None] * ranks
@@ -109,7 +104,6 @@ def moments(model, optimizer):
     if not training.get_args().use_megatron_fsdp:
         return {}
     from runtime.full_tensors import _fsdp_parameters, _gather
-
     params = dict(model[0].param_and_grad_buffer.optimizer_named_parameters)
     out = []
     for name, key, original in _fsdp_parameters(model[0]):
@@ -152,7 +146,7 @@ def record(job: dict[str, Any]) -> None:
 
         optimizer.step = optimizer_step
         done = step(*args, **kwargs)
-        results["steps"].append(({n: float(x) for n, x in done[0].items() if "loss" in n}, float(done[5])))
+        results["steps"].append(({n: float(x) for n, x in done[0].items() if 'loss' in n}, float(done[5])))
         results["parameters"] = gather(full_parameters(model))
         results["moments"] = moments(model, optimizer)
         results["by_step"].append((results["parameters"], results["moments"]))
@@ -170,11 +164,7 @@ def record(job: dict[str, Any]) -> None:
 
 def rank_main(job: dict[str, Any], rank: int, port: int) -> None:
     os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(job["ranks"]),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     if job["log"]:
         fd = os.open(f"{job['log']}.{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
@@ -183,7 +173,6 @@ def rank_main(job: dict[str, Any], rank: int, port: int) -> None:
     try:
         if job.get("float64"):
             from tests.float64 import float64
-
             with float64():
                 record(job)
         else:
@@ -226,7 +215,6 @@ if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text())
     for name, job in jobs.items():
         import time
-
         t = time.time()
         ok = run(job)
         print(name, "ok" if ok else "FAILED", f"{time.time() - t:.1f}s", flush=True)
