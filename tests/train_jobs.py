@@ -23,17 +23,18 @@ FLAGS = [
 ]
 
 
-def run(folder: Path, runs: list[list[str]], ranks: int = 1, *, fails: bool = False) -> str:
-    """Start one job that does all `runs` with FLAGS before their own; what it printed."""
+def run(folder: Path, runs: list[list[str]], ranks: int = 1, *, fsdp: bool = False) -> str:
+    """Start one job that does all `runs` with FLAGS before their own; what it printed.
+
+    fsdp: they use Megatron-FSDP, which refuses the one connection that tensor parallelism wants.
+    """
     job = folder / "runs.json"
     job.write_text(json.dumps(runs))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if fsdp else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
     command = [sys.executable, "-W", "ignore", *launcher, __file__, str(job)]
-    done = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600
-    )
-    assert (done.returncode != 0) == fails, done.stdout[-6000:]
+    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
 

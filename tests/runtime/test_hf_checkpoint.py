@@ -44,6 +44,14 @@ TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 PP2 = ("--pipeline-model-parallel-size", "2")
 EP2 = ("--expert-model-parallel-size", "2")
 DP2 = ONE
+FSDP = (
+    "--use-megatron-fsdp",
+    "--data-parallel-sharding-strategy",
+    "optim_grads_params",
+    "--ckpt-format",
+    "fsdp_dtensor",
+)
+META = "--init-model-with-meta-device"
 
 
 class Job:
@@ -60,6 +68,8 @@ class Job:
         tensors = random_tensors(architecture, layout)
         self.sources[name] = write_folder(self.folder / name, architecture, tensors, shards)
         import_folder(self.folder / name, self.folder / f"{name}-imported", quiet=True)
+        fsdp = self.folder / f"{name}-fsdp-imported"
+        import_folder(self.folder / name, fsdp, ckpt_format="fsdp_dtensor", quiet=True)
 
     def through_ranks(self, source: str, layout: str, *flags: str) -> None:
         """--load-hf, a step, --save-hf."""
@@ -80,8 +90,8 @@ class Job:
         self.runs.append([*load, "--save", str(target), "--no-save-optim", *flags])
         self.checks.append((target, source))
 
-    def run(self, ranks: int) -> str:
-        return run(self.folder, self.runs, ranks)
+    def run(self, ranks: int, *, fsdp: bool = False) -> str:
+        return run(self.folder, self.runs, ranks, fsdp=fsdp)
 
     def check(self) -> None:
         for target, source in self.checks:
@@ -152,6 +162,42 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def test_folders_cross_two_ranks_unchanged(two_ranks: Job) -> None:
     two_ranks.check()
+
+
+@pytest.fixture(scope="module")
+def two_fsdp_ranks(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    job = Job(tmp_path_factory.mktemp("fsdp"))
+    dense, moe = FOLDERS
+    job.add_source(dense)
+    job.add_source(moe)
+    job.through_ranks(dense, "fsdp2", *FSDP, META)
+    job.through_ranks(moe, "fsdp2-ep2", *FSDP, *EP2)
+    job.through_checkpoint(moe, "fsdp-imported", "fsdp2", *FSDP)
+    job.through_checkpoint(moe, "fsdp2", "fsdp2-ep2", *FSDP, *EP2)
+    job.run(2, fsdp=True)
+    return job
+
+
+def test_folders_cross_two_fsdp_ranks_unchanged(two_fsdp_ranks: Job) -> None:
+    two_fsdp_ranks.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_kind_of_folder_crosses_fsdp(ranks: int, tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    for source, (architecture, _, _) in (FOLDERS | MORE_FOLDERS).items():
+        job.add_source(source)
+        layouts = {f"fsdp{ranks}": FSDP, f"fsdp{ranks}-meta": (*FSDP, META)}
+        if ranks == 2 and architecture.is_moe:
+            layouts["fsdp2-ep2"] = (*FSDP, *EP2)
+        start = "fsdp-imported"
+        for layout, flags in layouts.items():
+            job.through_ranks(source, layout, *flags)
+            job.through_checkpoint(source, start, layout, *flags)
+            start = layout
+    job.run(ranks, fsdp=True)
+    job.check()
 
 
 @pytest.mark.slow
