@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -276,6 +277,20 @@ def test_checkpoints_that_can_not_be_read(imported: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="has no hf/ folder"):
         export_checkpoint(copy, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("owned"),)
+
+
+def test_a_checkpoint_s_index_runs_nothing(imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy = Path(shutil.copytree(imported, tmp_path / "copy"))
+    (copy / "release/.metadata").write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(CheckpointError, match=r"\.metadata: .*has no place in a checkpoint's index"):
+        export_checkpoint(copy, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "owned").exists()
 
 
 def test_a_checkpoint_of_another_model_is_listed(imported: Path, tmp_path: Path) -> None:
