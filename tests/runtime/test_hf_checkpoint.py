@@ -43,6 +43,7 @@ MORE_FOLDERS = {
 ONE: tuple[str, ...] = ()
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 PP2 = ("--pipeline-model-parallel-size", "2")
+VPP2 = (*PP2, "--num-virtual-stages-per-pipeline-rank", "2")
 EP2 = ("--expert-model-parallel-size", "2")
 DP2 = ONE
 FSDP = (
@@ -72,9 +73,13 @@ class Job:
         fsdp = self.folder / f"{name}-fsdp-imported"
         import_folder(self.folder / name, fsdp, ckpt_format="fsdp_dtensor", quiet=True)
 
-    def through_ranks(self, source: str, layout: str, *flags: str) -> None:
-        """--load-hf, a step, --save-hf."""
+    def through_ranks(self, source: str, layout: str, *flags: str, save: bool = False) -> None:
+        """--load-hf, a step, --save-hf; `save` a checkpoint too, whose places then have to be the exporter's."""
         target = self.folder / f"{source}-{layout}-hf"
+        if save:
+            checkpoint = self.folder / f"{source}-{layout}-saved"
+            flags = (*flags, "--save", str(checkpoint), "--no-save-optim")
+            self.checks.append((checkpoint, source))
         self.runs.append(["--load-hf", str(self.folder / source), "--save-hf", str(target), *flags])
         self.checks.append((target, source))
 
@@ -106,7 +111,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, str]:
     job = Job(tmp_path_factory.mktemp("one"))
     for source in FOLDERS:
         job.add_source(source)
-        job.through_ranks(source, "one", "--max-shard-size", "1MB")
+        job.through_ranks(source, "one", "--max-shard-size", "1MB", save=True)
         job.through_checkpoint(source, "imported", "one")
     # The checkpoint of the line before goes on, and the folder isn't read.
     saved = str(job.folder / "moe_single_experts-one")
@@ -172,7 +177,7 @@ def two_fsdp_ranks(tmp_path_factory: pytest.TempPathFactory) -> Job:
     job.add_source(dense)
     job.add_source(moe)
     job.through_ranks(dense, "fsdp2", *FSDP, META)
-    job.through_ranks(moe, "fsdp2-ep2", *FSDP, *EP2)
+    job.through_ranks(moe, "fsdp2-ep2", *FSDP, *EP2, save=True)
     job.through_checkpoint(moe, "fsdp-imported", "fsdp2", *FSDP)
     job.through_checkpoint(moe, "fsdp2", "fsdp2-ep2", *FSDP, *EP2)
     job.run(2, fsdp=True)
@@ -210,6 +215,8 @@ def test_every_kind_of_folder_crosses_every_layout(ranks: int, tmp_path: Path) -
         layouts = {"one": ONE} if ranks == 1 else {"tp2": TP2, "pp2": PP2, "dp2": DP2}
         if ranks == 2 and architecture.is_moe:
             layouts |= {"ep2": EP2}
+        if architecture.num_layers % 4 == 0 and ranks == 2:
+            layouts["vpp2"] = VPP2
         if architecture.num_layers % 2 == 1 and ranks == 2:
             layouts["pp2"] = (*PP2, "--decoder-first-pipeline-num-layers", "3")
         start = "imported"
