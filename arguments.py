@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from models import MODEL_REGISTRY, ModelSpec
-from runtime.hf_check import FETCHED, check_folder, hf_weights_of, local_folder
+from runtime.hf_check import DESCRIPTION, check_folder, hf_weights_of, is_hub_name, local_folder
 from runtime.hf_folder import FolderError, HfFolder, has_processor, has_weights, parse_size, read_config
 from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags
@@ -191,7 +191,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def resolve(argv: list[str]) -> Namespace:
     """`parse` without Megatron's global state: callable many times in one process."""
-    command_line = preflight_or_exit(argv)
+    command_line = preflight_or_exit(argv, with_weights=True)
     from runtime import cpu, mends
 
     if "transformer_engine" not in command_line:  # --transformer-impl local: known and chosen
@@ -214,13 +214,14 @@ def resolve(argv: list[str]) -> Namespace:
     return args
 
 
-def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
+def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weights: bool = False) -> list[str]:
     """Check a command line without torch and megatron.
 
     Args:
         argv: the user's flags.
         machine: what is installed here.
         world_size: ranks of the whole job.
+        with_weights: fetch the weights of a hub name of `--load-hf`, not only what describes them.
 
     Returns:
         The complete command line for Megatron's parser.
@@ -230,7 +231,9 @@ def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
     """
     if problems := unknown_flags(argv, _our_flags()):
         raise Refused(problems)
-    resolved, argv = _from_hf_folder(_read(argv), argv)
+    given = _read(argv)
+    weights_are_here = with_weights or given.load_hf is None or not is_hub_name(given.load_hf)
+    resolved, argv = _from_hf_folder(given, argv, with_weights)
     args = _read([*resolved, *argv])
     spec, architecture = _architecture(args)
     if args.num_experts == 0:
@@ -246,19 +249,20 @@ def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
     for_machine = machine_flags(args, machine)
     command_line = [*ALWAYS, *for_machine, *resolved, *architecture, *argv]
     args = _read(command_line)
-    problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args) + _hf_weights(args, spec)
+    problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args)
+    problems += _hf_weights(args, spec, weights_are_here)
     if problems:
         raise Refused(problems)
     return command_line
 
 
-def preflight_or_exit(argv: list[str]) -> list[str]:
+def preflight_or_exit(argv: list[str], *, with_weights: bool = False) -> list[str]:
     """`preflight` for this machine and the environment's WORLD_SIZE; prints refusals and exits with code 2."""
     if "-h" in argv or "--help" in argv:
         _print_help()
         raise SystemExit(0)
     try:
-        return preflight(argv, detect(), int(os.environ.get("WORLD_SIZE", "1")))
+        return preflight(argv, detect(), int(os.environ.get("WORLD_SIZE", "1")), with_weights=with_weights)
     except Refused as refused:
         print(refused, file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -307,7 +311,7 @@ def notices(args: Namespace, argv: list[str]) -> list[str]:
     return found
 
 
-def _from_hf_folder(args: Namespace, argv: list[str]) -> tuple[list[str], list[str]]:
+def _from_hf_folder(args: Namespace, argv: list[str], with_weights: bool) -> tuple[list[str], list[str]]:
     """What `--load-hf` implies: the architecture and the processor are the folder's unless flags name others.
 
     Returns:
@@ -316,7 +320,7 @@ def _from_hf_folder(args: Namespace, argv: list[str]) -> tuple[list[str], list[s
     if args.load_hf is None:
         return [], argv
     try:
-        folder = local_folder(args.load_hf, FETCHED)
+        folder = local_folder(args.load_hf) if with_weights else local_folder(args.load_hf, DESCRIPTION)
         read_config(folder)
     except FolderError as error:
         raise Refused([f"--load-hf {error}"]) from error
@@ -328,7 +332,7 @@ def _from_hf_folder(args: Namespace, argv: list[str]) -> tuple[list[str], list[s
     return implied, [*argv, "--load-hf", str(folder)]
 
 
-def _hf_weights(args: Namespace, spec: ModelSpec) -> list[str]:
+def _hf_weights(args: Namespace, spec: ModelSpec, weights_are_here: bool) -> list[str]:
     """Refusals of `--load-hf` (another model, tensors that don't fit) and `--save-hf` (a target that is there)."""
     problems = []
     if spec.hf_weights is None:
@@ -344,12 +348,13 @@ def _hf_weights(args: Namespace, spec: ModelSpec) -> list[str]:
         problems.append(f"--max-shard-size {error}")
     if args.load_hf is None:
         return problems
+    folder = Path(args.load_hf)
     try:
-        folder = HfFolder.open(args.load_hf)
-        hf_weights_of(folder.config, folder.path)
-        problems += [f"--load-hf {args.load_hf}: {p}" for p in spec.hf_weights.mismatches(args, folder.config)]
-        if not problems:
-            check_folder(spec.hf_weights, folder, spec.hf_config(args))
+        config = read_config(folder)
+        hf_weights_of(config, folder)
+        problems += [f"--load-hf {folder}: {problem}" for problem in spec.hf_weights.mismatches(args, config)]
+        if not problems and weights_are_here:
+            check_folder(spec.hf_weights, HfFolder.open(folder), spec.hf_config(args))
     except ValueError as error:
         problems.append(f"--load-hf {error}")
     return problems

@@ -13,8 +13,9 @@ from models.spec import HfWeights
 from models.weight_map import WeightMap
 from runtime.hf_folder import FolderError, HfFolder, TensorInfo
 
-# What huggingface_hub fetches of a repository.
-FETCHED = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+# What is fetched of a hub repository: to check a command line, and to train.
+DESCRIPTION = ("*.json", "*.txt", "*.jinja")
+EVERYTHING = ("*.safetensors", *DESCRIPTION)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -84,7 +85,7 @@ def is_hub_name(path: str) -> bool:
     return not Path(path).expanduser().exists() and _HUB_NAME.fullmatch(path) is not None
 
 
-def local_folder(path: str, patterns: Iterable[str] = FETCHED) -> Path:
+def local_folder(path: str, patterns: Iterable[str] = EVERYTHING) -> Path:
     """A folder, or a hub repository's snapshot: fetched by one process of this node, while the others wait for it.
 
     Raises:

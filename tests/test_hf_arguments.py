@@ -67,6 +67,31 @@ def test_flags_that_describe_another_model(folder: Path, flags: tuple[str, ...],
     assert f"{ours} by the flags and {theirs} in the folder's config.json" in refused("--load-hf", str(folder), *flags)
 
 
+def test_a_hub_name_is_checked_by_its_description_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's check shouldn't wait for gigabytes; training fetches them before it starts."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, "*.safetensors" in allow_patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    write_folder(tmp_path / "snapshot", VARIANTS["tiny"])
+    weights = (tmp_path / "snapshot/model.safetensors").read_bytes()
+    (tmp_path / "snapshot/model.safetensors").unlink()
+    flags = [*SIZES, "--load-hf", "Qwen/Qwen3.5-Tiny"]
+    args = arguments._read(preflight(flags, CPU, 1))
+    assert (args.load_hf, args.hf_config) == (str(tmp_path / "snapshot"), str(tmp_path / "snapshot"))
+    with pytest.raises(Refused, match="it has no safetensors file"):
+        preflight(flags, CPU, 1, with_weights=True)
+    (tmp_path / "snapshot/model.safetensors").write_bytes(weights)
+    preflight(flags, CPU, 1, with_weights=True)
+    assert asked == [("Qwen/Qwen3.5-Tiny", False), ("Qwen/Qwen3.5-Tiny", True), ("Qwen/Qwen3.5-Tiny", True)]
+
+
 def test_positions_and_mtp_are_the_run_s_choice(folder: Path) -> None:
     args = accepted("--load-hf", str(folder), "--max-position-embeddings", "65536", "--mtp-num-layers", "0")
     assert (args.max_position_embeddings, args.mtp_num_layers) == (65536, 0)
