@@ -21,6 +21,8 @@ from typing import NoReturn
 
 from models import MODEL_REGISTRY, ModelSpec
 from runtime import checkpoints
+from runtime.hf_check import DESCRIPTION, check_folder, hf_weights_of, is_hub_name, local_folder
+from runtime.hf_folder import FolderError, HfFolder, has_processor, has_weights, parse_size, read_config
 from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
@@ -62,6 +64,7 @@ def add_multimodal_args(parser: ArgumentParser) -> ArgumentParser:
         metavar="N",
         help="Keep the last N checkpoints in --save; older ones are deleted when a newer one is complete",
     )
+    _add_hf_args(parser)
     return parser
 
 
@@ -148,6 +151,36 @@ def _add_data_args(parser: ArgumentParser) -> None:
     group.add_argument("--total-seq-length", type=int, default=None, help="No effect; a notice says what does it now")
 
 
+def _add_hf_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("HuggingFace weights")
+    group.add_argument(
+        "--load-hf",
+        default=None,
+        metavar="DIR",
+        help="Start from this folder's (or hub name's) weights, config.json and processor; an existing checkpoint of "
+        "--load goes on instead",
+    )
+    group.add_argument(
+        "--save-hf",
+        default=None,
+        metavar="DIR",
+        help="Write the trained model as a HuggingFace folder when training ends; DIR must not be there yet",
+    )
+    group.add_argument(
+        "--save-hf-interval",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Write DIR/iter_0000100 and so on instead: every N iterations, and at the end",
+    )
+    group.add_argument(
+        "--max-shard-size", default="5GB", help="Size of a safetensors file of --save-hf at most, 5GB or 300MB"
+    )
+    group.add_argument(
+        "--allow-nonfinite-weights", action="store_true", help="Accept NaN and infinity in --load-hf's weights"
+    )
+
+
 def parse(argv: list[str] | None = None) -> Namespace:
     """Check and resolve a command line and make it Megatron's global state; exits with code 2 when refused.
 
@@ -166,7 +199,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def resolve(argv: list[str]) -> Namespace:
     """`parse` without Megatron's global state: callable many times in one process."""
-    command_line = preflight_or_exit(argv)
+    command_line = preflight_or_exit(argv, with_weights=True)
     from runtime import cpu, mends
 
     if "transformer_engine" not in command_line:  # --transformer-impl local: known and chosen
@@ -191,13 +224,14 @@ def resolve(argv: list[str]) -> Namespace:
     return args
 
 
-def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
+def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weights: bool = False) -> list[str]:
     """Check a command line without torch and megatron.
 
     Args:
         argv: the user's flags.
         machine: what is installed here.
         world_size: ranks of the whole job.
+        with_weights: fetch the weights of a hub name of `--load-hf`, not only what describes them.
 
     Returns:
         The complete command line for Megatron's parser.
@@ -207,13 +241,16 @@ def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
     """
     if problems := unknown_flags(argv, _our_flags()):
         raise Refused(problems)
-    args = _read(argv)
+    given = _read(argv)
+    weights_are_here = with_weights or given.load_hf is None or not is_hub_name(given.load_hf)
+    resolved, argv = _from_hf_folder(given, argv, with_weights)
+    args = _read([*resolved, *argv])
     spec, architecture = _architecture(args)
     if args.num_experts == 0:
         architecture = without_experts(architecture)
     if spec.dataset_providers and args.dataset_provider not in spec.dataset_providers:
         raise Refused([unknown_name("--dataset-provider", args.dataset_provider, spec.dataset_providers)])
-    resolved = ["--model-arch", args.model_arch]
+    resolved += ["--model-arch", args.model_arch]
     if args.hf_config is None and args.model_variant is None:
         resolved += ["--model-variant", spec.variants[0]]
     args = _read([*resolved, *architecture, *argv])
@@ -225,18 +262,19 @@ def preflight(argv: list[str], machine: Machine, world_size: int) -> list[str]:
     if args.load and (start := checkpoints.choose(Path(args.load), args.ckpt_step, args.ckpt_format)).step is not None:
         command_line += ["--ckpt-step", str(start.step)]
     problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args)
+    problems += _hf_weights(args, spec, weights_are_here)
     if problems:
         raise Refused(problems)
     return command_line
 
 
-def preflight_or_exit(argv: list[str]) -> list[str]:
+def preflight_or_exit(argv: list[str], *, with_weights: bool = False) -> list[str]:
     """`preflight` for this machine and the environment's WORLD_SIZE; prints refusals and exits with code 2."""
     if "-h" in argv or "--help" in argv:
         _print_help()
         raise SystemExit(0)
     try:
-        return preflight(argv, detect(), int(os.environ.get("WORLD_SIZE", "1")))
+        return preflight(argv, detect(), int(os.environ.get("WORLD_SIZE", "1")), with_weights=with_weights)
     except Refused as refused:
         print(refused, file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -292,6 +330,55 @@ def notices(args: Namespace, argv: list[str]) -> list[str]:
         step = args.ckpt_step if "--ckpt-step" in given else None
         found += checkpoints.choose(Path(args.load), step, args.ckpt_format).remarks
     return found
+
+
+def _from_hf_folder(args: Namespace, argv: list[str], with_weights: bool) -> tuple[list[str], list[str]]:
+    """What `--load-hf` implies: the architecture and the processor are the folder's unless flags name others.
+
+    Returns:
+        Flags to put before the user's, and the user's with a hub name replaced by its local folder.
+    """
+    if args.load_hf is None:
+        return [], argv
+    try:
+        folder = local_folder(args.load_hf) if with_weights else local_folder(args.load_hf, DESCRIPTION)
+        read_config(folder)
+    except FolderError as error:
+        raise Refused([f"--load-hf {error}"]) from error
+    implied = []
+    if args.hf_config is None and args.model_variant is None:
+        implied += ["--hf-config", str(folder)]
+    if args.hf_processor_path is None and has_processor(folder):
+        implied += ["--hf-processor-path", str(folder)]
+    return implied, [*argv, "--load-hf", str(folder)]
+
+
+def _hf_weights(args: Namespace, spec: ModelSpec, weights_are_here: bool) -> list[str]:
+    """Refusals of `--load-hf` (another model, tensors that don't fit) and `--save-hf` (a target that is there)."""
+    problems = []
+    if spec.hf_weights is None:
+        given = [flag for flag, value in (("--load-hf", args.load_hf), ("--save-hf", args.save_hf)) if value]
+        return [f"{flag}: {args.model_arch} has no table of HuggingFace weights" for flag in given]
+    if args.save_hf_interval is not None and (args.save_hf is None or args.save_hf_interval < 1):
+        problems.append(f"--save-hf-interval {args.save_hf_interval}: needs --save-hf DIR and at least 1")
+    if args.save_hf is not None and args.save_hf_interval is None and has_weights(Path(args.save_hf)):
+        problems.append(f"--save-hf {args.save_hf}: there is a model already; give a new folder")
+    try:
+        parse_size(args.max_shard_size)
+    except ValueError as error:
+        problems.append(f"--max-shard-size {error}")
+    if args.load_hf is None:
+        return problems
+    folder = Path(args.load_hf)
+    try:
+        config = read_config(folder)
+        hf_weights_of(config, folder)
+        problems += [f"--load-hf {folder}: {problem}" for problem in spec.hf_weights.mismatches(args, config)]
+        if not problems and weights_are_here:
+            check_folder(spec.hf_weights, HfFolder.open(folder), spec.hf_config(args))
+    except ValueError as error:
+        problems.append(f"--load-hf {error}")
+    return problems
 
 
 def _architecture(args: Namespace) -> tuple[ModelSpec, list[str]]:

@@ -72,12 +72,23 @@ def main(argv: list[str] | None = None) -> None:
     from data.loader import dataset_provider
     from forward_step import ForwardStep
     from runtime import checkpoints
-    from runtime.outputs import draw_losses, write_arguments, write_hf_folder
+    from runtime.hf_ranks import HfExporter, load_hf
+    from runtime.model_builder import ProvidedModelConfig
+    from runtime.outputs import HfOrigin, draw_losses, write_arguments, write_hf_folder
 
     processor = spec.dataset_providers[args.dataset_provider].processor(args)
+    origin = HfOrigin.of(args)
     if args.rank == 0 and args.save:
         write_arguments(args, Path(args.save) / "arguments.json")
-        write_hf_folder(Path(args.save) / "hf", spec.hf_config(args), processor)
+        write_hf_folder(Path(args.save) / "hf", spec.hf_config(args), processor, origin, with_record=True)
+    exporter = HfExporter(
+        args,
+        origin.record,
+        lambda folder: write_hf_folder(folder, spec.hf_config(args), processor, origin, with_record=False),
+    )
+    model = ProvidedModelConfig(
+        provider=partial(model_provider, spec, args), post_wrap_hooks=[partial(load_hf, args), exporter.attach]
+    )
 
     if args.rank == 0 and args.load:
         checkpoints.mend_tracker(Path(args.load), args.ckpt_format)
@@ -86,13 +97,13 @@ def main(argv: list[str] | None = None) -> None:
     store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
     # torchrun's last words are then the traceback of the rank that failed first.
     record(pretrain)(
-        pretrain_cfg_container_from_args(args),
+        pretrain_cfg_container_from_args(args, model),
         dataset_provider(args, spec, processor),
         ModelType.encoder_or_decoder,
         ForwardStep(),
-        partial(model_provider, spec, args),
         store=store,
     )
+    exporter.finish()
     torch.distributed.destroy_process_group()
     if args.rank == 0 and args.tensorboard_dir:
         draw_losses(Path(args.tensorboard_dir), Path(args.tensorboard_dir).parent / "loss.png")

@@ -7,7 +7,7 @@ when they are called.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from data import DatasetProvider
     from models.base import MultimodalModel
+    from models.weight_map import Place, WeightMap
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,30 @@ class BuildModel(Protocol):
 
 
 @dataclass(frozen=True)
+class HfWeights:
+    """An architecture's weights in HuggingFace folders and in checkpoints. A config is a `config.json`.
+
+    model_types: values of a config's `model_type` that this is the table of.
+    mismatches: resolved flags and a folder's config -> where they disagree, each with both values.
+    mapping: a config and the names of a folder's tensors (none: as the released folders store them) -> the table.
+    parameters: a config and a model stage of this rank -> its parameters by canonical name.
+    places: a config and its table -> where a `torch_dist` checkpoint keeps each canonical parameter.
+    fsdp_places: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
+    dtype: a tensor's name -> its dtype in released folders, as safetensors spells it.
+    vocab_size: a config -> rows of the embedding.
+    """
+
+    model_types: tuple[str, ...]
+    mismatches: Callable[[Namespace, Mapping[str, Any]], list[str]]
+    mapping: Callable[[Mapping[str, Any], Iterable[str]], WeightMap]
+    parameters: Callable[[Mapping[str, Any], nn.Module], Iterator[tuple[str, nn.Parameter]]]
+    places: Callable[[Mapping[str, Any], WeightMap], Mapping[str, tuple[Place, ...]]]
+    fsdp_places: Callable[[Mapping[str, Any], WeightMap], Mapping[str, list[tuple[Place, ...]]]]
+    dtype: Callable[[str], str]
+    vocab_size: Callable[[Mapping[str, Any]], int]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One architecture. Register it with `MODEL_REGISTRY["name"] = ModelSpec(...)`.
 
@@ -86,6 +111,7 @@ class ModelSpec:
     build_model: builds one pipeline stage.
     model_inputs: arguments -> what the loader's workers compute for this model, FLOPs included.
     dataset_providers: names that `--dataset-provider` takes.
+    hf_weights: HuggingFace weights in and out; None refuses `--load-hf` and `--save-hf`.
     """
 
     variants: tuple[str, ...]
@@ -99,3 +125,4 @@ class ModelSpec:
     build_model: BuildModel
     model_inputs: Callable[[Namespace], ModelInputs]
     dataset_providers: Mapping[str, DatasetProvider]
+    hf_weights: HfWeights | None = None

@@ -4,6 +4,8 @@ A `WeightMap` says for each parameter of the whole model of which slices of whic
 tensor parallelism cuts it. A rank's share follows from that: `fill` reads the slices that the rank owns, whichever
 mixture of TP, PP and EP it is part of, and `shares` hands them out again for export. No arithmetic is involved, only
 placement, so a round trip is exact to the bit. Knows no architecture: a model's table is in its `hf_weights.py`.
+
+Torch-free to import: the launcher's preflight compares a folder with the table.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch import Tensor, nn
 
 
 class WeightMismatch(ValueError):
@@ -107,6 +109,39 @@ class Piece:
     foreign_index: tuple[slice | int, ...]
     index: tuple[slice, ...]
 
+    def within(self, dim: int, low: int, high: int) -> Piece | None:
+        """What of it lies in `low:high` of the share's dimension `dim`, counted from `low`; None if nothing does."""
+        stacked = len(self.foreign_index) - len(self.index)
+        padding = (slice(None),) * (dim + 1 - len(self.index))
+        index, foreign = [*self.index, *padding], [*self.foreign_index, *padding]
+        if index[dim] == slice(None):
+            first, last, start = low, high, low
+        else:
+            first, last = max(low, index[dim].start), min(high, index[dim].stop)
+            start = foreign[dim + stacked].start + first - index[dim].start
+        if first >= last:
+            return None
+        index[dim] = slice(first - low, last - low)
+        foreign[dim + stacked] = slice(start, start + last - first)
+        return Piece(self.name, tuple(foreign), tuple(index))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint keeps rows (columns, by the source's `dim`) `start:start + count` of a parameter.
+
+    key: the checkpoint's tensor, which is the whole model's.
+    layer: index into a leading dimension of `layers`, where layers or experts share one tensor; None elsewhere.
+    offset: the row (column) of the checkpoint's tensor where they begin.
+    """
+
+    key: str
+    start: int
+    count: int
+    layer: int | None = None
+    layers: int = 0
+    offset: int = 0
+
 
 def pieces(source: Source, rank: int, size: int) -> Iterator[Piece]:
     """The regions of which one rank's share consists, in its own order."""
@@ -136,16 +171,24 @@ class WeightMap:
     sources: canonical parameter name -> Source, for the whole model.
     tensors: foreign name -> shape, for the whole model.
     ignored: (pattern of foreign names, reason) of what is left out.
+    copies: foreign name -> another foreign tensor that holds the same, if the folder has it at all.
     """
 
-    def __init__(self, sources: Mapping[str, Source], ignored: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        ignored: Iterable[tuple[str, str]] = (),
+        copies: Mapping[str, str] | None = None,
+    ) -> None:
         self.sources = sources
         self.tensors = _foreign_shapes(sources)
         self.ignored = tuple(ignored)
+        self.copies = dict(copies or {})
 
     def part(self, prefix: str) -> WeightMap:
         """The mapping of a part of the model: of the parameters whose canonical name begins with `prefix`."""
-        return WeightMap({k: v for k, v in self.sources.items() if k.startswith(prefix)}, self.ignored)
+        part = {name: source for name, source in self.sources.items() if name.startswith(prefix)}
+        return WeightMap(part, self.ignored, self.copies)
 
     def reason_to_ignore(self, name: str) -> str | None:
         """Why this foreign tensor is left out, or None if it isn't."""
@@ -160,6 +203,9 @@ class WeightMap:
                     problems.append(f"{name}: has shape {tuple(shape)}, expected {self.tensors[name]}")
             elif self.reason_to_ignore(name) is None:
                 problems.append(f"{name}: maps to no parameter")
+        for name, copy in self.copies.items():
+            if copy in shapes and name in self.tensors and tuple(shapes[copy]) != self.tensors[name]:
+                problems.append(f"{copy}: has shape {tuple(shapes[copy])}, expected {self.tensors[name]}, as {name}")
         return problems
 
 
@@ -183,10 +229,43 @@ def _foreign_shapes(sources: Mapping[str, Source]) -> dict[str, tuple[int, ...]]
     return shapes
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a rank has of a parameter: all that tensor parallelism gives it, or some rows of that (FSDP).
+
+    shape: the whole share's.
+    tensor: the rows from `first_row` on.
+    """
+
+    shape: tuple[int, ...]
+    tensor: Tensor
+    first_row: int = 0
+
+    def pieces(self, of_share: Iterable[Piece]) -> list[Piece]:
+        """Pieces of the whole share -> of the held rows."""
+        rows = self.tensor.shape[0]
+        if rows == self.shape[0]:
+            return list(of_share)
+        kept = (piece.within(0, self.first_row, self.first_row + rows) for piece in of_share)
+        return [piece for piece in kept if piece is not None]
+
+
+def whole(parameter: nn.Parameter) -> Held:
+    """A parameter that isn't sharded over data-parallel ranks."""
+    return Held(tuple(parameter.shape), parameter.detach())
+
+
 def plan(
-    mapping: WeightMap, parameters: Iterable[tuple[str, nn.Parameter]], rank: Rank, problems: list[str]
-) -> list[tuple[nn.Parameter, list[Piece]]]:
-    """A rank's parameters, by canonical name, with the pieces of each; what doesn't fit is added to `problems`."""
+    mapping: WeightMap,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    rank: Rank,
+    problems: list[str],
+    held: Callable[[nn.Parameter], Held] = whole,
+) -> list[tuple[str, nn.Parameter, Tensor, list[Piece]]]:
+    """A rank's parameters, by canonical name, each with what is held of it and the pieces of that.
+
+    What doesn't fit is added to `problems`.
+    """
     planned = []
     for name, parameter in parameters:
         source = mapping.sources.get(name)
@@ -196,19 +275,20 @@ def plan(
         group_rank, group_size = rank.cut(source)
         shape = list(source.shape)
         shape[source.dim] //= group_size
-        if tuple(parameter.shape) != tuple(shape):
-            problems.append(f"{name}: the model has shape {tuple(parameter.shape)}, expected {tuple(shape)}")
+        own = held(parameter)
+        if own.shape != tuple(shape):
+            problems.append(f"{name}: the model has shape {own.shape}, expected {tuple(shape)}")
             continue
-        planned.append((parameter, list(pieces(source, group_rank, group_size))))
+        planned.append((name, parameter, own.tensor, own.pieces(pieces(source, group_rank, group_size))))
     return planned
 
 
-@torch.no_grad()
 def fill(
     mapping: WeightMap,
     parameters: Iterable[tuple[str, nn.Parameter]],
     rank: Rank,
     state: Mapping[str, Sliceable],
+    held: Callable[[nn.Parameter], Held] = whole,
 ) -> None:
     """Copy into a rank's parameters the slices that it owns, cast to each parameter's dtype.
 
@@ -219,12 +299,12 @@ def fill(
         WeightMismatch: before anything is written: tensors missing, unknown or misshapen, parameters without source.
     """
     problems = mapping.check({name: tuple(tensor.shape) for name, tensor in state.items()})
-    planned = plan(mapping, parameters, rank, problems)
+    planned = plan(mapping, parameters, rank, problems, held)
     if problems:
         raise WeightMismatch(problems)
-    for parameter, cut in planned:
+    for _, _, tensor, cut in planned:
         for piece in cut:
-            target = parameter[piece.index]
+            target = tensor[piece.index]
             target.copy_(state[piece.name][piece.foreign_index].reshape(target.shape))
 
 
@@ -232,9 +312,10 @@ def shares(
     mapping: WeightMap,
     parameters: Iterable[tuple[str, nn.Parameter]],
     rank: Rank,
-    value: Callable[[nn.Parameter], Tensor],
+    value: Callable[[nn.Parameter], Tensor] | None = None,
 ) -> Iterator[tuple[Piece, Tensor]]:
-    """A rank's share of the foreign tensors, parameter by parameter; `value` says what of a parameter is meant.
+    """A rank's share of the foreign tensors, parameter by parameter; `value` says what of a parameter is meant, if not
+    the parameter itself.
 
     Raises:
         WeightMismatch: parameters without source.
@@ -243,8 +324,9 @@ def shares(
     planned = plan(mapping, parameters, rank, problems)
     if problems:
         raise WeightMismatch(problems)
-    for parameter, cut in planned:
-        tensor = value(parameter)
+    for _, parameter, tensor, cut in planned:
+        if value is not None:
+            tensor = value(parameter)
         for piece in cut:
             yield piece, tensor[piece.index]
 
@@ -258,6 +340,8 @@ def assemble(mapping: WeightMap, pieces_of_ranks: Iterable[tuple[Piece, Tensor]]
     Raises:
         WeightMismatch: tensors that the pieces don't cover.
     """
+    import torch
+
     state: dict[str, Tensor] = {}
     seen: set[tuple[str, str]] = set()
     covered = dict.fromkeys(mapping.tensors, 0)

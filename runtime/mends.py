@@ -477,6 +477,26 @@ def failed_writes_say_why() -> None:
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_say)
 
 
+def fsdp_starts_from_loaded_weights() -> None:
+    """0.19.2, core/optimizer/distrib_optimizer.py:3080: Megatron-FSDP in 16 bit can't start from another checkpoint.
+
+    Loading without the optimizer's state (`--finetune`, `--no-load-optim`, a release) ends in
+    `reload_model_params()`, which raises. There is nothing to copy: an `fsdp_dtensor` checkpoint is read into the fp32
+    weights themselves, and `MegatronFSDP.load_state_dict` brings them to the 16-bit ones. `load_checkpoint()` calls it
+    in its middle, and no argument chooses the optimizer's class.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._copy_model_params_to_main_params
+
+    @functools.wraps(original)
+    def copy(self: Any, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.ddp_config.use_megatron_fsdp:
+            original(self, state_dict)
+
+    DistributedOptimizer._copy_model_params_to_main_params = copy
+
+
 MENDS: tuple[Callable[[], None], ...] = (
     dataset_helpers_come_compiled,
     gated_delta_net_takes_other_kernels,
@@ -493,4 +513,5 @@ MENDS: tuple[Callable[[], None], ...] = (
     checkpoints_are_valid_or_invisible,
     failed_writes_say_why,
     checkpoints_are_read_as_data,
+    fsdp_starts_from_loaded_weights,
 )

@@ -67,15 +67,26 @@ switches USE_PACKED_SEQUENCE USE_FSDP RECOMPUTE RECOMPUTE_VISION FORCE_LOAD_BALA
 switches CKPT_RESUME CKPT_OVERRIDE_SCHEDULER
 for variable in NUM_LAYERS NUM_EXPERTS VISION_NUM_LAYERS KEEP_LAST; do [ -z "${!variable:-}" ] || indices "$variable"; done
 
+load_hf= arguments=("$@")
+for i in "${!arguments[@]}"; do
+    case ${arguments[i]} in
+        --load-hf) load_hf=${arguments[i + 1]:-} ;;
+        --load-hf=*) load_hf=${arguments[i]#*=} ;;
+    esac
+done
+
 case $MODEL_VARIANT in tiny*) lr=1e-3 min_lr=1e-4 ;; *) lr=1.2e-4 min_lr=1.2e-5 ;; esac
-if [ -n "$CKPT_LOAD" ] && [ "$CKPT_RESUME" = 0 ]; then
+start=$load_hf
+[ "$CKPT_RESUME" = 1 ] || start=${CKPT_LOAD:-$load_hf}
+if [ -n "$start" ]; then
     lr=1e-5 min_lr=1e-6
-    note "fine-tuning from $CKPT_LOAD: --lr $lr --min-lr $min_lr unless you give others"
+    note "fine-tuning from $start: --lr $lr --min-lr $min_lr unless you give others"
 fi
 
 layout=tp${TP}_ep${EP}_pp${PP}_cp${CP}
 ((USE_PACKED_SEQUENCE)) && layout+=_thd
-EXP_NAME=${EXP_NAME:-qwen35vl_${MODEL_VARIANT}_$layout}
+model=${load_hf:+$(basename "$load_hf")}
+EXP_NAME=${EXP_NAME:-qwen35vl_${model:-$MODEL_VARIANT}_$layout}
 ROOT_DIR=${ROOT_DIR:-./outputs}
 OUTPUT_DIR=${OUTPUT_DIR:-${ROOT_DIR%/}/$EXP_NAME}
 
@@ -92,8 +103,8 @@ flags=(
     --tensorboard-dir "${TENSORBOARD_LOGS_PATH:-$OUTPUT_DIR/tensorboard}"
     --log-timers-to-tensorboard --log-params-norm
 )
-# --hf-config names the architecture instead of a variant.
-[[ " $* " =~ " --hf-config"[=\ ] ]] || flags+=(--model-variant "$MODEL_VARIANT")
+# A folder names the architecture instead of a variant.
+[[ " $* " =~ " --"(hf-config|load-hf)[=\ ] ]] || flags+=(--model-variant "$MODEL_VARIANT")
 ((TP > 1)) && flags+=(--sequence-parallel)
 ((USE_PACKED_SEQUENCE)) && flags+=(--use-packed-sequence)
 [ -z "${NUM_LAYERS:-}" ] || flags+=(--num-layers "$NUM_LAYERS")

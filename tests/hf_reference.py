@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -64,6 +65,13 @@ def build_hf(architecture: Qwen35VLConfig, seed: int = 0) -> nn.Module:
     model = _model_class(architecture)(hf_config(architecture))
     randomize(model)
     return model
+
+
+def load_hf_folder(architecture: Qwen35VLConfig, folder: Path) -> nn.Module:
+    """The same class from a folder, in the dtype that its tensors have."""
+    return _model_class(architecture).from_pretrained(
+        folder, dtype="auto", attn_implementation="eager", experts_implementation="eager"
+    )
 
 
 def build_hf_meta(architecture: Qwen35VLConfig) -> nn.Module:

@@ -92,6 +92,18 @@ class Qwen35VLConfig:
             return self.ffn_hidden_size
         return self.moe_router_topk * self.moe_ffn_hidden_size + self.moe_shared_expert_intermediate_size
 
+    def differences(self, folder: Qwen35VLConfig) -> list[str]:
+        """Where flags (this) and a folder's config.json describe different models, each with both values.
+
+        Not compared: what a run chooses without being another model (`_CHOICES`).
+        """
+        flags, theirs = _flattened(self), _flattened(folder)
+        return [
+            f"{name} is {flags[name]} by the flags and {theirs[name]} in the folder's config.json"
+            for name in flags
+            if flags[name] != theirs[name] and name not in _CHOICES
+        ]
+
     def replace(self, **changes: Any) -> Qwen35VLConfig:
         return dataclasses.replace(self, **changes)
 
@@ -305,6 +317,16 @@ class Qwen35VLConfig:
                 vision_end=config.get("vision_end_token_id", SpecialTokenIds.vision_end),
             ),
         )
+
+
+# MTP can be left out (a folder that lacks it lacks tensors); positions can be extended; init is overwritten.
+_CHOICES = {"mtp_num_layers", "max_position_embeddings", "init_method_std"}
+
+
+def _flattened(config: Qwen35VLConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(config)
+    vision, token_ids = fields.pop("vision"), fields.pop("token_ids")
+    return fields | {f"vision.{k}": v for k, v in vision.items()} | {f"token_ids.{k}": v for k, v in token_ids.items()}
 
 
 _HF_CLASSES = {False: "Qwen3_5ForConditionalGeneration", True: "Qwen3_5MoeForConditionalGeneration"}

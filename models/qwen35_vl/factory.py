@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DATASET_PROVIDERS
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from models.qwen35_vl.hf_weights import (
+    HfLayout,
+    canonical_parameters,
+    checkpoint_places,
+    default_dtype,
+    fsdp_places,
+    weight_map,
+)
 from models.qwen35_vl.layout import check_layout
-from models.spec import ModelInputs, ModelSpec
+from models.spec import HfWeights, ModelInputs, ModelSpec
+from models.weight_map import Place, WeightMap
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
+    from torch import nn
 
     from models.base import MultimodalModel
 
@@ -83,6 +94,26 @@ def _model_inputs(args: Namespace) -> ModelInputs:
     return Qwen35VLInputs(Qwen35VLConfig.from_args(args))
 
 
+def _hf_mismatches(args: Namespace, config: Mapping[str, Any]) -> list[str]:
+    return Qwen35VLConfig.from_args(args).differences(Qwen35VLConfig.from_hf(config))
+
+
+def _hf_mapping(config: Mapping[str, Any], names: Iterable[str]) -> WeightMap:
+    return weight_map(Qwen35VLConfig.from_hf(config), HfLayout.detect(names))
+
+
+def _hf_parameters(config: Mapping[str, Any], model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return canonical_parameters(model, Qwen35VLConfig.from_hf(config))
+
+
+def _checkpoint_places(config: Mapping[str, Any], mapping: WeightMap) -> dict[str, tuple[Place, ...]]:
+    return checkpoint_places(Qwen35VLConfig.from_hf(config), mapping)
+
+
+def _fsdp_places(config: Mapping[str, Any], mapping: WeightMap) -> dict[str, list[tuple[Place, ...]]]:
+    return fsdp_places(Qwen35VLConfig.from_hf(config), mapping)
+
+
 QWEN35_VL = ModelSpec(
     variants=tuple(VARIANTS),
     flags=_flags,
@@ -95,4 +126,14 @@ QWEN35_VL = ModelSpec(
     build_model=_build_model,
     model_inputs=_model_inputs,
     dataset_providers=DATASET_PROVIDERS,
+    hf_weights=HfWeights(
+        model_types=("qwen3_5", "qwen3_5_moe"),
+        mismatches=_hf_mismatches,
+        mapping=_hf_mapping,
+        parameters=_hf_parameters,
+        places=_checkpoint_places,
+        fsdp_places=_fsdp_places,
+        dtype=default_dtype,
+        vocab_size=lambda config: Qwen35VLConfig.from_hf(config).vocab_size,
+    ),
 )

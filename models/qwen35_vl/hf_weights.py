@@ -2,7 +2,9 @@
 
 `weight_map` is the table; how it is carried out, per rank, is `models.weight_map`. Parameters have canonical names
 here: global layer and expert numbers, norms by themselves. `_ALIASES` brings the backends' spellings to them
-(Transformer Engine keeps a norm inside the linear behind it).
+(Transformer Engine keeps a norm inside the linear behind it), `checkpoint_places` says where a checkpoint has them.
+
+Torch-free to import, for the launcher's preflight.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-
-from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from models.qwen35_vl.configuration import Qwen35VLConfig
-from models.weight_map import Piece, Rank, Run, Sliceable, Source, WeightMap, assemble, fill, shares
+from models.weight_map import Piece, Place, Rank, Run, Sliceable, Source, WeightMap, assemble, fill, shares
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT = "language_model.output_layer.weight"
@@ -56,13 +59,15 @@ def weight_map(config: Qwen35VLConfig, layout: HfLayout | None = None) -> Weight
         raise ValueError(f"HF's names hold one MTP layer, and the model has {config.mtp_num_layers}")
     sources = {**_vision(config), **_decoder(config, layout)}
     ignored = [(r".*\.rotary_emb\.inv_freq", "computed, not learned")]
+    copies = {}
     if config.tie_word_embeddings:
         ignored.append((r"lm_head\.weight", "tied to the embedding"))
+        copies[f"{HF_TEXT}embed_tokens.weight"] = "lm_head.weight"
     if config.mtp_num_layers:
         sources |= _mtp(config, layout)
     else:
         ignored.append((r"mtp\..*", "the model is built without MTP"))
-    return WeightMap(sources, ignored)
+    return WeightMap(sources, ignored, copies)
 
 
 def canonical_parameters(
@@ -74,6 +79,8 @@ def canonical_parameters(
         model: a `MultimodalModel` (one pipeline stage), or with `prefix` one of its parts.
         prefix: "language_model." or "vision_model." for a part by itself.
     """
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
     layers = {
         path: module.layer_number - 1
         for path, module in model.named_modules()
@@ -117,7 +124,7 @@ def hf_shares(
     model: nn.Module,
     config: Qwen35VLConfig,
     mapping: WeightMap,
-    value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
+    value: Callable[[nn.Parameter], Tensor] | None = None,
     prefix: str = "",
 ) -> Iterator[tuple[Piece, Tensor]]:
     """This rank's share of the HF tensors; `models.weight_map.assemble` puts those of all ranks together."""
@@ -128,7 +135,7 @@ def export_hf_state(
     model: nn.Module,
     config: Qwen35VLConfig,
     layout: HfLayout | None = None,
-    value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
+    value: Callable[[nn.Parameter], Tensor] | None = None,
     prefix: str = "",
 ) -> dict[str, Tensor]:
     """The HF tensors of a model that lies on this rank alone.
@@ -136,13 +143,95 @@ def export_hf_state(
     Args:
         model, prefix: see `canonical_parameters`.
         layout: how to store experts; stacked if None.
-        value: what to export of a parameter, `lambda parameter: parameter.grad` for its gradient.
+        value: what to export of a parameter, `lambda parameter: parameter.grad` for its gradient; itself if None.
 
     Raises:
         WeightMismatch: the model isn't whole on this rank, or has parameters that the mapping doesn't know.
     """
     mapping = weight_map(config, layout).part(prefix)
     return assemble(mapping, hf_shares(model, config, mapping, value, prefix))
+
+
+def default_dtype(name: str) -> str:
+    """In which dtype, as safetensors spells it, released folders store this HF tensor."""
+    return "F32" if name.endswith(".A_log") else "BF16"
+
+
+# A checkpoint keeps the rows of these by what they project to, in the order of their parts.
+_GDN_PARTS = {
+    "in_proj.weight": ("query", "key", "value", "z", "beta", "alpha"),
+    "conv1d.weight": ("query", "key", "value"),
+}
+
+
+def checkpoint_places(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, tuple[Place, ...]]:
+    """Where a `torch_dist` checkpoint has each parameter, whichever backend and layout wrote it.
+
+    The names are those of `sharded_state_dict()`: norms by the fused backend's spelling (`models.qwen35_vl.specs`), the
+    ViT's layers and a layer's experts stacked in one tensor, GatedDeltaNet's projections one by one.
+    """
+    places = {}
+    for name, source in mapping.sources.items():
+        layer: int | None = None
+        layers = 0
+        key = name.replace("mtp_model_layer", "transformer_layer")
+        if vit := re.match(r"vision_model\.decoder\.layers\.(\d+)\.", key):
+            key = f"vision_model.decoder.layers.{key[vit.end() :]}"
+            layer, layers = int(vit[1]), config.vision.num_layers
+        elif expert := re.search(r"(?<=\.mlp\.experts\.)(\d+)\.", key):
+            key = f"{key[: expert.start()]}experts.{key[expert.end() :]}"
+            layer, layers = int(expert[1]), config.num_experts
+        gated_delta_net = f"{name.partition('input_layernorm')[0]}self_attention.A_log" in mapping.sources
+        projection = "in_proj" if gated_delta_net else "linear_qkv"
+        key = re.sub(r"\.input_layernorm\.", f".self_attention.{projection}.layer_norm_", key)
+        if vit or not config.is_moe:
+            key = re.sub(r"\.pre_mlp_layernorm\.", ".mlp.linear_fc1.layer_norm_", key)
+        parts = next((parts for suffix, parts in _GDN_PARTS.items() if key.endswith(f"self_attention.{suffix}")), None)
+        if parts is None:
+            places[name] = (Place(key, 0, source.shape[source.dim], layer, layers),)
+            continue
+        counts = [sum(run.count for run in part) for part in source.parts]
+        places[name] = tuple(
+            Place(f"{key}.{part}", sum(counts[:i]), count)
+            for i, (part, count) in enumerate(zip(parts, counts, strict=True))
+        )
+    return places
+
+
+def fsdp_places(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, list[tuple[Place, ...]]]:
+    """Where an `fsdp_dtensor` checkpoint has each parameter: one alternative for each spelling.
+
+    Names are those of modules, of either backend, with and without the wrapper of 16-bit models. A gated FFN's halves
+    are two tensors (megatron-core's `handle_swiglu_in_state_dict`).
+    """
+    places = {}
+    for name, source in mapping.sources.items():
+        size = source.shape[source.dim]
+        gated = name.endswith("linear_fc1.weight") and len(source.parts) == 2
+        halves = (("_w", 0, size // 2), ("_v", size // 2, size // 2)) if gated else (("", 0, size),)
+        places[name] = [
+            tuple(Place(f"{level}{spelling}{half}", start, count) for half, start, count in halves)
+            for level in ("model.module.", "model.")
+            for spelling in _module_names(name, mapping)
+        ]
+    return places
+
+
+def _module_names(name: str, mapping: WeightMap) -> list[str]:
+    """`_ALIASES` the other way round: every backend's spelling of a canonical name."""
+    if expert := re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(linear_fc[12])\.weight", name):
+        layer, number, linear = expert.groups()
+        return [f"{layer}.local_experts.{number}.{linear}.weight", f"{layer}.{linear}.weight{number}"]
+    names = [name]
+    for norm, projections in (
+        (".input_layernorm.", (".self_attention.in_proj", ".self_attention.linear_qkv")),
+        (".pre_mlp_layernorm.", (".mlp.linear_fc1",)),
+    ):
+        if norm in name:
+            layer, kind = name.split(norm)
+            there = (layer + behind for behind in projections if f"{layer}{behind}.weight" in mapping.sources)
+            names += [f"{projection}.layer_norm_{kind}" for projection in there]
+    return names
 
 
 # The table

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
-from tests.build_model import build_model
+from tests.build_model import build_model, resolve_flags
+from tests.hf_folders import random_tensors, write_folder
 from tests.hf_reference import build_hf_meta
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -164,3 +165,40 @@ def test_a_model_of_another_architecture_is_refused(tmp_path: Path):
         load_hf_state(model, random_state(wider), wider)
     with pytest.raises(WeightMismatch, match=r"mtp\.layers\.0\.enorm\.weight: the model's parameter has no source"):
         export_hf_state(model, ARCHITECTURES["dense_tied"].replace(mtp_num_layers=0))
+
+
+def test_load_hf_refuses_bad_values_by_name(tmp_path: Path):
+    """NaN is found while a rank reads, in the tensor that has it; with the flag it is loaded."""
+    from models.weight_map import WeightMismatch
+    from runtime.hf_ranks import load_hf
+
+    architecture = ARCHITECTURES["dense_tied"]
+    tensors = random_tensors(architecture)
+    tensors["mtp.norm.weight"][5] = torch.nan
+    write_folder(tmp_path / "hf", architecture, tensors)
+    model = build_model(architecture, tmp_path, torch.bfloat16)
+    args = resolve_flags(architecture, tmp_path, "--load-hf", str(tmp_path / "hf"))
+    with pytest.raises(WeightMismatch, match=r"^weights don't fit:\n  mtp\.norm\.weight: has NaN or infinity"):
+        load_hf(args, [model])
+    args.allow_nonfinite_weights = True
+    load_hf(args, [model])
+    assert [name for name, parameter in model.named_parameters() if parameter.isnan().any()] == [
+        "language_model.mtp.layers.0.final_layernorm.weight"
+    ]
+
+
+def test_load_hf_says_what_it_leaves_out_and_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from runtime.hf_ranks import load_hf
+
+    architecture = ARCHITECTURES["no_mtp"]
+    with_mtp = architecture.replace(mtp_num_layers=1)
+    tensors = random_tensors(with_mtp)
+    tensors["model.visual.pos_embed.weight"] = tensors["model.visual.pos_embed.weight"].float()
+    write_folder(tmp_path / "hf", with_mtp, tensors)
+    model = build_model(architecture, tmp_path, torch.bfloat16)
+    args = resolve_flags(architecture, tmp_path, "--load-hf", str(tmp_path / "hf"), "--mtp-num-layers", "0", "--bf16")
+    load_hf(args, [model])
+    printed = capsys.readouterr().out
+    count = sum(name.startswith("mtp.") for name in tensors)
+    assert f"{count} tensors left out, mtp.fc.weight the first: the model is built without MTP" in printed
+    assert "1 tensors, model.visual.pos_embed.weight the first, are rounded from F32 to BF16" in printed

@@ -516,3 +516,15 @@ class TestSavingOver:
         assert not other.exists()
         (note,) = raised.value.__notes__
         assert f"while saving {other.parent} " in note and "there is none before it" in note
+
+
+class TestFsdpStartsFromLoadedWeights:
+    NAME = "megatron.core.optimizer.distrib_optimizer"
+    OPTIMIZER = SimpleNamespace(optimizer=None, ddp_config=SimpleNamespace(use_megatron_fsdp=True))
+
+    def test_is_still_broken(self) -> None:
+        with pytest.raises(NotImplementedError, match="model-to-main parameter update"):
+            pristine(self.NAME).DistributedOptimizer._copy_model_params_to_main_params(self.OPTIMIZER)
+
+    def test_mended(self) -> None:
+        importlib.import_module(self.NAME).DistributedOptimizer._copy_model_params_to_main_params(self.OPTIMIZER)
