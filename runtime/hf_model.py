@@ -26,12 +26,12 @@ from data.conversation import Conversation
 from data.images import open_image
 from data.processor import contradiction, read_processor
 from data.sample import TURN_END, Sample, SampleOptions, build_sample
+from runtime.hf_checkpoint import TRACKER, export_checkpoint
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
-TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's
 _GPU_KERNELS = ("fla", "causal_conv1d")
 
 
@@ -66,8 +66,6 @@ def weights_folder(load: Path) -> Iterator[Path]:
     if (load / "config.json").is_file():
         yield load
     elif (load / TRACKER).is_file() or (load / ".metadata").is_file():
-        from runtime.hf_checkpoint import export_checkpoint
-
         with tempfile.TemporaryDirectory(prefix="exported-") as folder:
             yield export_checkpoint(load, Path(folder) / "hf")
     else:
