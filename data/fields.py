@@ -54,18 +54,26 @@ def wilson_interval(correct: int, count: int, confidence: float = 0.95) -> tuple
 
 
 @dataclass(frozen=True)
+class Guess:
+    """A field's most frequent value in the training answers, and its share there."""
+
+    value: str
+    share: float
+
+
+@dataclass(frozen=True)
 class FieldScore:
     """One field over all answers.
 
     count: values that the true answers hold.
     correct: of these, the model's.
-    guessed: of these, the best guess's without the image.
+    guess: share that the best guess without the image gets.
     """
 
     field: str
     count: int
     correct: int
-    guessed: int
+    guess: float
 
     @property
     def match(self) -> float:
@@ -77,14 +85,10 @@ class FieldScore:
         return wilson_interval(self.correct, self.count)
 
     @property
-    def guess(self) -> float:
-        return self.guessed / self.count
-
-    @property
     def ratio(self) -> float:
         """Of the model's exact match to the guess's."""
-        if self.guessed:
-            return self.correct / self.guessed
+        if self.guess:
+            return self.match / self.guess
         return inf if self.correct else 0.0
 
     def beats_guess(self, times: float) -> bool:
@@ -101,17 +105,21 @@ class Scores:
     unreadable: int
 
 
-def majorities(answers: Iterable[str]) -> dict[str, str]:
-    """Each field's most frequent value: the best guess of who knows the training answers and sees no image."""
+def majorities(answers: Iterable[str]) -> dict[str, Guess]:
+    """For each field the best guess of who knows the training answers and sees no image."""
     counts: dict[str, Counter[str]] = {}
     for answer in answers:
         for place, value in _read_truth(answer).items():
             counts.setdefault(field_of(place), Counter())[value] += 1
-    return {field: values.most_common(1)[0][0] for field, values in counts.items()}
+    first = {field: values.most_common(1)[0] for field, values in counts.items()}
+    return {field: Guess(value, count / counts[field].total()) for field, (value, count) in first.items()}
 
 
-def score(truths: Sequence[str], answers: Sequence[str], guesses: Mapping[str, str]) -> Scores:
+def score(truths: Sequence[str], answers: Sequence[str], guesses: Mapping[str, Guess]) -> Scores:
     """Compare answers with the true ones.
+
+    A guess's share is the higher one of those among the held-out and among the training values: a few held-out ones may
+    have fewer by chance. The whole answer's is that of answers it guesses in every field.
 
     Args:
         truths, answers: pairs.
@@ -127,16 +135,19 @@ def score(truths: Sequence[str], answers: Sequence[str], guesses: Mapping[str, s
     for truth, answer in zip(truths, answers, strict=True):
         expected, found = _read_truth(truth), read_fields(answer)
         unreadable += found is None
-        guess = {place: guesses.get(field_of(place)) for place in expected}
+        guess = {place: guesses[field].value for place in expected if (field := field_of(place)) in guesses}
         for place, value in expected.items():
             field = field_of(place)
             count[field] += 1
             correct[field] += found is not None and found.get(place) == value
-            guessed[field] += guess[place] == value
+            guessed[field] += guess.get(place) == value
         count[WHOLE_ANSWER] += 1
         correct[WHOLE_ANSWER] += found == expected
         guessed[WHOLE_ANSWER] += guess == expected
-    scores = {field: FieldScore(field, count[field], correct[field], guessed[field]) for field in count}
+    scores = {}
+    for field in count:
+        share = guesses[field].share if field in guesses else 0.0
+        scores[field] = FieldScore(field, count[field], correct[field], max(share, guessed[field] / count[field]))
     whole = scores.pop(WHOLE_ANSWER)
     return Scores(sorted(scores.values(), key=lambda found: -found.count), whole, unreadable)
 

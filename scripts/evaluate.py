@@ -4,7 +4,8 @@ python scripts/evaluate.py --load CKPT|HF_DIR [--dataset-provider receipts|cord_
 
 The weights run in transformers (a checkpoint is exported to a temporary folder). The loss is over exactly the tokens
 that training trains. A field's values are matched exactly, beside what the best guess without the image gets: the
-field's most frequent value in the training split. An answer that can't be read is wrong in every field.
+field's most frequent value in the training split (the higher of its shares there and here). An answer that can't be
+read is wrong in every field.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from data.cord_v2 import json_to_tokens
-from data.fields import field_of, majorities, read_fields, score, wilson_interval
+from data.fields import Guess, field_of, majorities, read_fields, score, wilson_interval
 from data.receipt_values import PARSE_QUESTION, ask, draw_receipt
 
 PARSE = {
@@ -73,14 +73,19 @@ def test_every_question_about_a_receipt_names_the_ground_truths_fields() -> None
 def test_scores_by_hand() -> None:
     training = ['{"shop":"A","total":"1"}', '{"shop":"A"}', '{"shop":"B","first item":{"nm":"Tea"}}', '{"total":"2"}']
     guesses = majorities([*training, '{"total":"2"}', '{"last item":{"nm":"Rice"}}', '{"last item":{"nm":"Rice"}}'])
-    assert guesses == {"store_info.nm": "A", "total.total_price": "2", "menu.nm": "Rice"}
+    assert guesses == {
+        "store_info.nm": Guess("A", 2 / 3),
+        "total.total_price": Guess("2", 2 / 3),
+        "menu.nm": Guess("Rice", 2 / 3),
+    }
     truths = ['{"shop":"A","total":"7"}', '{"shop":"B"}', '{"menu":[{"nm":"Tea"},{"nm":"Rice"}]}', '{"shop":"A"}']
     answers = ['{"total":"7","shop":"A"}', '{"shop":"B","total":"1"}', '{"menu":[{"nm":"Rice"},{"nm":"Rice"}]}', "A"]
     scores = score(truths, answers, guesses)
-    found = {one.field: (one.count, one.correct, one.guessed) for one in scores.fields}
-    assert found == {"store_info.nm": (3, 2, 2), "total.total_price": (1, 1, 0), "menu.nm": (2, 1, 1)}
+    found = {one.field: (one.count, one.correct, one.guess) for one in scores.fields}
+    # Of the totals the guess gets none, of the menus half; in training it got more.
+    assert found == {"store_info.nm": (3, 2, 2 / 3), "total.total_price": (1, 1, 2 / 3), "menu.nm": (2, 1, 2 / 3)}
     assert scores.fields[0].field == "store_info.nm"
-    assert (scores.whole.count, scores.whole.correct, scores.whole.guessed) == (4, 1, 1)  # one has a field too many
+    assert (scores.whole.count, scores.whole.correct, scores.whole.guess) == (4, 1, 1 / 4)  # one has a field too many
     assert scores.unreadable == 1
     with pytest.raises(ValueError, match="without fields"):
         score(["nothing"], ["{}"], guesses)
@@ -88,10 +93,10 @@ def test_scores_by_hand() -> None:
 
 def test_what_counts_as_clearly_better_than_the_guess() -> None:
     truths = [f'{{"shop":"{"A" if i < 10 else "B"}"}}' for i in range(100)]
-    good = score(truths, truths, {"store_info.nm": "A"}).fields[0]
+    good = score(truths, truths, {"store_info.nm": Guess("A", 0.05)}).fields[0]
     assert good.ratio == 10 and good.beats_guess(2)
     half = [truth if i % 4 == 0 else "{}" for i, truth in enumerate(truths)]
-    close = score(truths, half, {"store_info.nm": "A"}).fields[0]  # 25%, but 17.5% is in the interval
+    close = score(truths, half, {"store_info.nm": Guess("A", 0.05)}).fields[0]  # 25%, but 17.5% is in the interval
     assert close.ratio == 2.5 and not close.beats_guess(2) and close.beats_guess(1.7)
 
 
