@@ -100,13 +100,15 @@ def encode(dataset: ConversationDataset, count: int | None) -> tuple[list[Sample
     """The first samples of a split and their last answers; those too long are left out, with a word on stderr.
 
     Raises:
-        ValueError: none is left.
+        ValueError: none is left, or a conversation ends with a question.
     """
     from data.sample import Outcome, build_sample, message_text
 
     samples, answers, left_out = [], [], []
     for index in range(min(count or len(dataset), len(dataset))):
         conversation = dataset.conversations[index]
+        if conversation.messages[-1]["role"] != "assistant":
+            raise ValueError(f"{conversation.id}: doesn't end with an answer, so there is nothing to match")
         sample, outcome = build_sample(conversation, dataset.processor, dataset.options)
         if outcome is not Outcome.WHOLE:
             left_out.append(conversation.id)
