@@ -9,7 +9,6 @@ B rows, S tokens of the longest, P patches, I images.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,9 @@ from data.conversation import Conversation
 from data.images import open_image
 from data.processor import contradiction, read_processor
 from data.sample import TURN_END, Sample, SampleOptions, build_sample
+from runtime.hf_check import hf_weights_of
 from runtime.hf_checkpoint import TRACKER, export_checkpoint
+from runtime.hf_folder import read_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -99,8 +100,8 @@ class HfModel:
         """Read a HuggingFace folder: on the GPU in the dtype it is stored in, on a CPU in float32.
 
         Raises:
-            ValueError: no processor, one of another model, weights that are missing, misshapen or damaged, or an
-                architecture that transformers can't ask about images.
+            ValueError: an architecture that isn't ours, no processor or one of another model, weights that are
+                missing, misshapen or damaged.
         """
         import transformers
 
@@ -108,7 +109,11 @@ class HfModel:
         if not has_gpu:
             transformers.logging.set_verbosity_error()  # it would advise to install the GPU's kernels
         transformers.logging.disable_progress_bar()
+        config = read_config(folder)
+        hf_weights_of(config, folder)  # refuses other architectures
         processor = read_processor(str(folder), "--load")
+        if problem := contradiction(processor, config):
+            raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")
         try:
             with contextlib.nullcontext() if has_gpu else without_gpu_kernels():
                 model, found = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -123,8 +128,6 @@ class HfModel:
         if missing := sorted(found["missing_keys"]):
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"--load {folder}: {len(missing)} weights are missing: {listed}")
-        if problem := contradiction(processor, json.loads((folder / "config.json").read_text())):
-            raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")
         return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor)
 
     def question(

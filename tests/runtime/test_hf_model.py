@@ -212,6 +212,16 @@ def test_another_models_processor(broken: Path) -> None:
         HfModel.load(broken)
 
 
+def test_another_architecture(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
+    with pytest.raises(ValueError, match=r"broken.*llava"):
+        HfModel.load(broken)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken: config.json"):
+        HfModel.load(broken)
+
+
 def test_weights_that_are_missing_or_damaged(broken: Path) -> None:
     from safetensors.torch import load_file, save_file
 
