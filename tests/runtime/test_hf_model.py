@@ -133,7 +133,7 @@ def test_loss_of_a_batch_is_transformers_own_of_each_sample(
         inputs = {"input_ids": sample.input_ids[None], **(images if len(sample.grid_thw) else {})}
         expected += model.model(**inputs, labels=labels).loss.item() * int(sample.trained[1:].sum())
     assert count == sum(int(sample.trained[1:].sum()) for sample in samples)
-    assert total == pytest.approx(expected, rel=1e-5)
+    assert total == pytest.approx(expected, rel=1e-6)  # measured: 4e-8
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_moe"])
