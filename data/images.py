@@ -52,7 +52,7 @@ def open_image(source: Image.Image | str | Path) -> Image.Image:
     """A PIL image as it is, or the image file at a path (opened, not decoded yet).
 
     Raises:
-        ValueError: an address or another kind of source.
+        ValueError: an address or another kind of source; more pixels than Pillow takes for an honest image.
         OSError: no such file, or not an image.
     """
     if isinstance(source, Image.Image):
@@ -60,7 +60,10 @@ def open_image(source: Image.Image | str | Path) -> Image.Image:
     if isinstance(source, str) and source.startswith("file://"):
         source = source.removeprefix("file://")
     if isinstance(source, Path) or (isinstance(source, str) and "://" not in source):
-        return Image.open(source)
+        try:
+            return Image.open(source)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{source}: {error}") from error
     raise ValueError(
         f"an image must be a PIL image or a path, not {str(source)[:80]!r}: training reads no network, "
         "download it first"

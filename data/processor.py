@@ -156,8 +156,11 @@ def load_processor(args: Namespace) -> ProcessorMixin:
     return processor
 
 
-def read_processor(path: str) -> ProcessorMixin:
+def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMixin:
     """A HF processor from a folder or the hub, fit for training: with a padding token and the tokens we rely on.
+
+    Args:
+        flag: what gave the path, for messages.
 
     Raises:
         ValueError: it can't be read, or lacks an image processor, an image token, turn markers or any token to
@@ -166,21 +169,20 @@ def read_processor(path: str) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--hf-processor-path {path}: {error}") from error
+        raise ValueError(f"{flag} {path}: {error}") from error
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
-        raise ValueError(f"--hf-processor-path {path}: it has no image processor; give a vision-language model's")
+        raise ValueError(f"{flag} {path}: it has no image processor; give a vision-language model's")
     tokenizer = processor.tokenizer
     vocabulary = tokenizer.get_vocab()
     for token in (processor.image_token, TURN_START, TURN_END):
         if token not in vocabulary:
             raise ValueError(
-                f"--hf-processor-path {path}: its tokenizer has no {token} token; "
-                "give a processor of the Qwen-VL family"
+                f"{flag} {path}: its tokenizer has no {token} token; give a processor of the Qwen-VL family"
             )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"--hf-processor-path {path}: its tokenizer has neither a pad nor an EOS token; "
+                f"{flag} {path}: its tokenizer has neither a pad nor an EOS token; "
                 "set pad_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
@@ -198,24 +200,30 @@ def check_processor(processor: ProcessorMixin, config: Mapping[str, Any], path: 
     Raises:
         ValueError: naming the flag and the fix.
     """
-    where = "the built processor" if path is None else f"--hf-processor-path {path}"
-    fix = (
-        "give the processor of the model that --model-variant or --hf-config names; --image-token-id overrides the "
-        "model's id of the image token and must be the processor's"
-    )
+    if problem := contradiction(processor, config):
+        where = "the built processor" if path is None else f"--hf-processor-path {path}"
+        raise ValueError(
+            f"{where}: {problem}; give the processor of the model that --model-variant or --hf-config names; "
+            "--image-token-id overrides the model's id of the image token and must be the processor's"
+        )
+
+
+def contradiction(processor: ProcessorMixin, config: Mapping[str, Any]) -> str | None:
+    """How a processor's ids or patches differ from a model's `config.json`; None if they don't."""
     for name, token in VISION_TOKENS.items():
         token = processor.image_token if name == "image_token_id" else token
         found = processor.tokenizer.get_vocab().get(token)
         if name in config and found != config[name]:
-            raise ValueError(f"{where}: {token} is id {found}, the model's {name} is {config[name]}; {fix}")
+            return f"{token} is id {found}, the model's {name} is {config[name]}"
     highest = max(processor.tokenizer.get_vocab().values())
     if highest >= _vocab_size(config):
-        raise ValueError(f"{where}: ids up to {highest} for a vocabulary of {_vocab_size(config)} rows; {fix}")
+        return f"ids up to {highest} for a vocabulary of {_vocab_size(config)} rows"
     image_processor, vision = processor.image_processor, config["vision_config"]
     theirs = (image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size)
     ours = tuple(vision[name] for name in ("patch_size", "spatial_merge_size", "temporal_patch_size"))
     if theirs != ours:
-        raise ValueError(f"{where}: patch, merge and temporal sizes {theirs}, the model's are {ours}; {fix}")
+        return f"patch, merge and temporal sizes {theirs}, the model's are {ours}"
+    return None
 
 
 def build_processor(

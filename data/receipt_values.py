@@ -27,6 +27,16 @@ PARSE_QUESTION = "Parse this receipt."
 PARSE_SHARE = 0.05
 # What is asked for, and how often: the coarse ones more often, so that a small model soon learns to look.
 FIELDS = {"shop": 3, "currency": 3, "payment": 3, "items": 2, "total": 2, "first item": 1, "last item": 1}
+# Where the ground truth has it.
+PLACES: dict[str, tuple[str, str | int]] = {
+    "shop": ("store_info", "nm"),
+    "currency": ("payment_info", "currency"),
+    "payment": ("payment_info", "method"),
+    "items": ("total", "menutype_cnt"),
+    "total": ("total", "total_price"),
+    "first item": ("menu", 0),
+    "last item": ("menu", -1),
+}
 
 
 @dataclass(frozen=True)
@@ -92,16 +102,18 @@ def ask(ground_truth: dict[str, Any], rng: Random) -> QuestionAndAnswer:
         fields += rng.choices(list(weights), list(weights.values()))
         del weights[fields[-1]]
     listed = ", ".join(fields[:-1]) + " and " + fields[-1]
-    values = {
-        "shop": ground_truth["store_info"]["nm"],
-        "currency": ground_truth["payment_info"]["currency"],
-        "payment": ground_truth["payment_info"]["method"],
-        "items": ground_truth["total"]["menutype_cnt"],
-        "total": ground_truth["total"]["total_price"],
-        "first item": ground_truth["menu"][0],
-        "last item": ground_truth["menu"][-1],
-    }
+    values = {field: ground_truth[section][key] for field, (section, key) in PLACES.items()}
     return _answered(rng.choice(QUESTIONS).format(listed), {field: values[field] for field in fields})
+
+
+def schema_field(path: str) -> str:
+    """The ground truth's name of what an answer calls `path`: `store_info.nm` for "shop", `menu.nm` for
+    "first item.nm"; its own names stay as they are."""
+    word, _, key = path.partition(".")
+    section, place = PLACES.get(word, (word, key))
+    if word not in PLACES or bool(key) == isinstance(place, str):  # "total.total_price" isn't the question's "total"
+        return path
+    return f"{section}.{key or place}"
 
 
 def corpus(receipts: int = 300) -> Iterator[str]:

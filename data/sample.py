@@ -197,7 +197,7 @@ def value_mask(sample: Sample, conversation: Conversation, processor: ProcessorM
         ValueError: the tokens don't spell the answer, or the conversation has no value spans.
     """
     tokenizer = processor.tokenizer
-    answer = _text(conversation.messages[-1])
+    answer = message_text(conversation.messages[-1])
     if not conversation.value_spans:
         raise ValueError(f"{conversation.id}: has no value spans")
     end_id = tokenizer.convert_tokens_to_ids(TURN_END)
@@ -267,7 +267,7 @@ def _images(messages: list[Message], sample_id: str) -> list[Image.Image]:
     return images
 
 
-def _text(message: Message) -> str:
+def message_text(message: Message) -> str:
     """The text of a message without images."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -1,14 +1,10 @@
 """transformers' Qwen3.5-VL as the reference of the parity tests.
 
-flash-linear-attention is hidden while the modeling files are imported: with it, they would bind Triton kernels,
-which don't run on a CPU.
+The GPU's kernels are hidden while the modeling files are imported, whatever this machine has.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,22 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import Qwen35VLConfig
+from runtime.hf_model import without_gpu_kernels
 
-
-@contextlib.contextmanager
-def _without_fla() -> Iterator[None]:
-    hidden = sys.modules.get("fla")
-    sys.modules["fla"] = None  # find_spec("fla") answers None
-    try:
-        yield
-    finally:
-        if hidden is None:
-            del sys.modules["fla"]
-        else:
-            sys.modules["fla"] = hidden
-
-
-with _without_fla():
+with without_gpu_kernels():
     from transformers import Qwen3_5Config, Qwen3_5MoeConfig
     from transformers.models.qwen3_5 import modeling_qwen3_5
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe

@@ -1,0 +1,170 @@
+"""Measure a trained model on held-out data: loss per trained token, and exact match of the answers' fields.
+
+python scripts/evaluate.py --load CKPT|HF_DIR [--dataset-provider receipts|cord_v2] [--samples N]
+
+The weights run in transformers (a checkpoint is exported to a temporary folder). The loss is over exactly the tokens
+that training trains. A field's values are matched exactly, beside what the best guess without the image gets: the
+field's most frequent value in the training split (the higher of its shares there and here). An answer that can't be
+read is wrong in every field.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data.dataset import ConversationDataset
+    from data.fields import FieldScore, Scores
+    from data.sample import Sample
+    from runtime.hf_model import Answer, HfModel
+
+TIMES = 2.0  # the guess: fields whose interval lies above are named
+
+
+def read_arguments() -> Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--load", required=True, type=Path, help="Checkpoint (what --save named) or HuggingFace folder")
+    parser.add_argument("--dataset-provider", default="receipts", help="receipts, cord_v2 or yours")
+    parser.add_argument("--dataset-path", default=None, help="As in training; default: the provider's")
+    parser.add_argument("--split", default="test", choices=("validation", "test"), help="Of the dataset")
+    parser.add_argument("--samples", type=int, default=None, help="The first N of the split; default: all")
+    parser.add_argument("--batch-size", type=int, default=32, help="Samples that run together")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="Default: 1.5 times the longest true answer")
+    parser.add_argument("--seq-length", type=int, default=4096, help="Longer samples are left out, and counted")
+    parser.add_argument("--min-pixels", type=int, default=None, help="As in training; default: the processor's")
+    parser.add_argument("--max-pixels", type=int, default=None, help="As in training; default: the processor's")
+    parser.add_argument("--strict-special-mask", action="store_true", help="The loss of a model trained with it")
+    parser.add_argument("--answers", type=Path, default=None, metavar="FILE", help="Write every answer, as JSON lines")
+    args = parser.parse_args()
+    for name in ("samples", "batch_size", "max_new_tokens", "seq_length"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = read_arguments()
+    from data.fields import majorities, score
+    from data.sample import message_text
+    from runtime.hf_model import HfModel, weights_folder
+
+    try:
+        with weights_folder(args.load) as folder:
+            model = HfModel.load(folder)
+        held_out = open_dataset(args, args.split, model)
+        samples, truths = encode(held_out, args.samples)
+        training = open_dataset(args, "train", model).conversations
+        guesses = majorities(message_text(training[index].messages[-1]) for index in range(len(training)))
+    except ValueError as error:
+        sys.exit(f"Refused: {error}")
+    loss, tokens, answers = measure(model, samples, args.batch_size, args.max_new_tokens)
+    scores = score(truths, [answer.text for answer in answers], guesses)
+    if args.answers is not None:
+        rows = zip(samples, truths, answers, strict=True)
+        lines = (json.dumps({"id": s.id, "answer": a.text, "truth": truth}, ensure_ascii=False) for s, truth, a in rows)
+        args.answers.write_text("".join(f"{line}\n" for line in lines))
+    cut = sum(not answer.finished for answer in answers)
+    print(f"{held_out.name}: {len(answers)} answers, {scores.unreadable} not readable, {cut} cut off")
+    print(f"loss per trained token: {loss:.4f} ({tokens} tokens)\n")
+    print(table(scores))
+
+
+def open_dataset(args: Namespace, split: str, model: HfModel) -> ConversationDataset:
+    """A split with the model's own processor.
+
+    Raises:
+        ValueError: an unknown provider, or one whose samples aren't conversations.
+    """
+    from data import DATASET_PROVIDERS
+    from data.dataset import ConversationDataset
+
+    provider = DATASET_PROVIDERS.get(args.dataset_provider)
+    if provider is None or not provider.needs_processor:
+        known = ", ".join(name for name, found in DATASET_PROVIDERS.items() if found.needs_processor)
+        raise ValueError(f"--dataset-provider {args.dataset_provider}: has no answers to match; expected {known}")
+    options = Namespace(**vars(args), params_dtype=model.model.dtype)
+    dataset = provider.build(options, split, model.processor, None)
+    if not isinstance(dataset, ConversationDataset):
+        raise ValueError(f"--dataset-provider {args.dataset_provider}: its samples aren't conversations")
+    return dataset
+
+
+def encode(dataset: ConversationDataset, count: int | None) -> tuple[list[Sample], list[str]]:
+    """The first samples of a split and their last answers; those too long are left out, with a word on stderr.
+
+    Raises:
+        ValueError: none is left, or a conversation ends with a question.
+    """
+    from data.sample import Outcome, build_sample, message_text
+
+    samples, answers, left_out = [], [], []
+    for index in range(min(count or len(dataset), len(dataset))):
+        conversation = dataset.conversations[index]
+        if conversation.messages[-1]["role"] != "assistant":
+            raise ValueError(f"{conversation.id}: doesn't end with an answer, so there is nothing to match")
+        sample, outcome = build_sample(conversation, dataset.processor, dataset.options)
+        if outcome is not Outcome.WHOLE:
+            left_out.append(conversation.id)
+            continue
+        samples.append(sample)
+        answers.append(message_text(conversation.messages[-1]))
+    if left_out:
+        example = f"{len(left_out)} samples longer than --seq-length {dataset.options.seq_len}: {left_out[0]}, ..."
+        if not samples:
+            raise ValueError(example)
+        print(f"left out: {example}", file=sys.stderr)
+    return samples, answers
+
+
+def measure(
+    model: HfModel, samples: Sequence[Sample], batch_size: int, max_new_tokens: int | None
+) -> tuple[float, int, list[Answer]]:
+    """Loss per trained token, the number of these tokens, and an answer for each sample."""
+    from tqdm import tqdm
+
+    limit = max_new_tokens or max(int(1.5 * sample.trained.sum()) for sample in samples)
+    # Samples of like length run together, so that little is padded.
+    order = sorted(range(len(samples)), key=lambda index: len(samples[index].input_ids))
+    answers: dict[int, Answer] = {}
+    total, tokens = 0.0, 0
+    with tqdm(total=len(samples), unit="answer", disable=None) as progress:
+        for indices in itertools.batched(order, batch_size):
+            batch = [samples[index] for index in indices]
+            loss, count = model.loss(batch)
+            total, tokens = total + loss, tokens + count
+            answers |= zip(indices, model.generate(model.prompts(batch), limit), strict=True)
+            progress.update(len(batch))
+    return total / tokens, tokens, [answers[index] for index in range(len(samples))]
+
+
+def table(scores: Scores) -> str:
+    """As Markdown, and a sentence on what lies clearly above the guess."""
+    header = ("field", "values", "exact match", "95% interval", "best guess without the image", "ratio")
+    lines = [header, ("---",) * len(header), *(_row(found) for found in (*scores.fields, scores.whole))]
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    ahead = [found.field for found in scores.fields if found.beats_guess(TIMES)]
+    said = ", ".join(ahead) if ahead else "none"
+    return "\n".join([*rows, "", f"whole interval above {TIMES:g} times the guess: {said}"])
+
+
+def _row(found: FieldScore) -> tuple[str, ...]:
+    low, high = found.interval
+    return (
+        found.field,
+        str(found.count),
+        f"{found.match:.1%}",
+        f"{low:.1%} to {high:.1%}",
+        f"{found.guess:.1%}",
+        f"{found.ratio:.1f}",
+    )
+
+
+if __name__ == "__main__":
+    main()
