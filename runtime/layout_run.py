@@ -14,7 +14,7 @@ import time
 import zlib
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,18 +43,19 @@ from data.batch import BatchStats  # noqa: E402
 from data.loader import dataset_provider  # noqa: E402
 from forward_step import ForwardStep  # noqa: E402
 from models import MODEL_REGISTRY  # noqa: E402
-from models.qwen35_vl.configuration import Qwen35VLConfig  # noqa: E402
-from models.qwen35_vl.hf_weights import export_hf_state, hf_shares, load_hf_state, weight_map  # noqa: E402
-from models.weight_map import assemble  # noqa: E402
+from models.weight_map import Piece, Rank, assemble, shares  # noqa: E402
 from pretrain_multimodal import model_provider  # noqa: E402
 from runtime.float64 import float64  # noqa: E402
 from runtime.full_tensors import full_gradients, full_parameters, unwrapped  # noqa: E402
-from runtime.layouts import Job  # noqa: E402
+from runtime.hf_ranks import load_hf  # noqa: E402
+from runtime.layouts import INITIAL, Job  # noqa: E402
+from runtime.model_builder import ProvidedModelConfig  # noqa: E402
 
 # (HF tensor, region) -> squared norm of the difference there, elements.
 type Differences = dict[tuple[str, str], tuple[float, int]]
 
-PARAMETERS, GRADIENTS, INITIAL = "parameters.safetensors", "gradients.safetensors", "initial.safetensors"
+PARAMETERS, GRADIENTS = "parameters.safetensors", "gradients.safetensors"
+WEIGHTS = "model.safetensors"  # of the folder INITIAL
 
 
 @dataclass
@@ -100,12 +102,14 @@ def _train(job: Job) -> None:
     spec = MODEL_REGISTRY[args.model_arch]
     watch = Watch(job, args)
     training.train_step = watch.steps(training.train_step)
+    model = ProvidedModelConfig(
+        provider=partial(model_provider, spec, args), post_wrap_hooks=[partial(load_hf, args), watch.initialise]
+    )
     pretrain(
-        pretrain_cfg_container_from_args(args),
+        pretrain_cfg_container_from_args(args, model),
         dataset_provider(args, spec, None),
         ModelType.encoder_or_decoder,
         watch.forward_step(),
-        watch.provider(partial(model_provider, spec, args)),
     )
     watch.finish()
     torch.distributed.destroy_process_group()
@@ -116,8 +120,10 @@ class Watch:
 
     def __init__(self, job: Job, args: Namespace) -> None:
         self._job = job
-        self._architecture = Qwen35VLConfig.from_args(args)
-        self._mapping = weight_map(self._architecture)
+        spec = MODEL_REGISTRY[args.model_arch]
+        self._config = spec.hf_config(args)
+        self._weights = spec.hf_weights
+        self._mapping = self._weights.mapping(self._config, ())
         self._folder = Path(job.reference)
         self._result = Result()
         self._stats: list[BatchStats] = []
@@ -125,20 +131,21 @@ class Watch:
         self._model: list[nn.Module] = []
         self._gradient_differences: Differences = {}
 
-    def provider(self, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        """`build`, with the job's initial weights: the reference's own, made rough, which it leaves for the others."""
+    def initialise(self, chunks: list[nn.Module]) -> list[nn.Module]:
+        """Make the reference's weights rough and leave them as a HuggingFace folder; a hook after wrapping.
 
-        def build_with_weights(*args: Any, **kwargs: Any) -> nn.Module:
-            model = build(*args, **kwargs)
-            if self._job.is_reference:
-                roughen(model)
-                save_file(export_hf_state(model, self._architecture), self._folder / INITIAL)
-            else:
-                with safe_open(self._folder / INITIAL, "pt") as file:
-                    load_hf_state(model, {name: FileSlice(file, name) for name in file.keys()}, self._architecture)  # noqa: SIM118
-            return model
-
-        return build_with_weights
+        The others start from it by `--load-hf`, whatever they are wrapped in.
+        """
+        if self._job.is_reference:
+            (model,) = map(unwrapped, chunks)
+            roughen(model)
+            folder = self._folder / INITIAL
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(self._config))
+            # By way of numpy: in float64's mode torch has no float32.
+            weights = assemble(self._mapping, self._shares(model))
+            save_numpy({k: v.cpu().double().numpy().astype(np.float32) for k, v in weights.items()}, folder / WEIGHTS)
+        return chunks
 
     def forward_step(self) -> ForwardStep:
         """The training loop's own, which also keeps the statistics that it sees."""
@@ -195,7 +202,7 @@ class Watch:
         mine.gradient_errors = self._errors(gradients, GRADIENTS)
         with safe_open(self._folder / GRADIENTS, "pt") as file:
             mine.zero_gradients = [name for name in file.keys() if not file.get_tensor(name).any()]  # noqa: SIM118
-        mine.update_errors = self._errors(updates, PARAMETERS, minus=INITIAL)
+        mine.update_errors = self._errors(updates, PARAMETERS, minus=f"{INITIAL}/{WEIGHTS}")
         Path(self._job.result).write_text(json.dumps(asdict(mine)))
 
     def _watch_gradients(self, optimizer: Any) -> None:
@@ -222,17 +229,17 @@ class Watch:
 
     def _compare(self, full: Callable[[list[nn.Module]], Iterable[tuple[str, Tensor]]], file: str) -> Differences:
         """This rank's regions of the HF tensors against the reference's, which the reference itself writes first."""
-        shares = []
+        held = []
         for chunk in self._model:
             model, values = unwrapped(chunk), dict(full([chunk]))
             of_parameter = {parameter: values[name] for name, parameter in model.named_parameters()}
-            shares += hf_shares(model, self._architecture, self._mapping, of_parameter.__getitem__)
+            held += self._shares(model, of_parameter.__getitem__)
         if self._job.is_reference:
-            save_file(assemble(self._mapping, shares), self._folder / file)
+            save_file(assemble(self._mapping, held), self._folder / file)
         differences: Differences = {}
         with safe_open(self._folder / file, "pt") as reference:
-            for piece, mine in shares:
-                expected = FileSlice(reference, piece.name)[piece.foreign_index]
+            for piece, mine in held:
+                expected = reference.get_slice(piece.name)[piece.foreign_index]
                 square = (mine.cpu().double().reshape(expected.shape) - expected.double()).square().sum().item()
                 if math.isnan(square):
                     square = math.inf  # which no maximum loses
@@ -240,6 +247,12 @@ class Watch:
                 known, _ = differences.get(key, (0.0, 0))
                 differences[key] = (max(known, square), expected.numel())
         return differences
+
+    def _shares(
+        self, model: nn.Module, value: Callable[[nn.Parameter], Tensor] | None = None
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        parameters = self._weights.parameters(self._config, model)
+        return shares(self._mapping, parameters, Rank.of(model.pg_collection), value)
 
     def _errors(self, of_ranks: Iterable[Differences], file: str, minus: str | None = None) -> dict[str, float]:
         """Relative error of each HF tensor, the worst of its replicas'; infinite where a region is on no rank.
@@ -270,17 +283,6 @@ class Watch:
         return errors
 
 
-class FileSlice:
-    """A tensor of a safetensors file, of which slices are read."""
-
-    def __init__(self, file: Any, name: str) -> None:
-        self._slice = file.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
-
-    def __getitem__(self, index: tuple[slice | int, ...]) -> Tensor:
-        return self._slice[index]
-
-
 def roughen(model: nn.Module) -> None:
     """Add noise that depends on the parameter's name: fresh norms are all alike, and no layout could mix them up.
 
@@ -289,14 +291,14 @@ def roughen(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         numbers = np.random.default_rng(zlib.crc32(name.encode()))
-        noise = torch.from_numpy(numbers.standard_normal(parameter.shape, dtype=np.float32)).to(parameter)
-        fan_in = parameter.size(-1)
-        with torch.no_grad():
-            if name.endswith("A_log"):
-                parameter.copy_(0.3 * noise - 3)
-            elif name.endswith("router.weight"):
-                parameter.copy_(4 * noise / fan_in**0.5)
-            elif parameter.dim() > 1:
-                parameter.copy_(0.5 * noise / fan_in**0.5)
-            else:
-                parameter.add_(0.3 * noise)
+        noise = numbers.standard_normal(parameter.shape, dtype=np.float32)
+        scale = np.float32(parameter.size(-1) ** -0.5)
+        if name.endswith("A_log"):
+            value = np.float32(0.3) * noise - np.float32(3)
+        elif name.endswith("router.weight"):
+            value = np.float32(4) * scale * noise
+        elif parameter.dim() > 1:
+            value = np.float32(0.5) * scale * noise
+        else:
+            value = parameter.detach().cpu().double().numpy().astype(np.float32) + np.float32(0.3) * noise
+        parameter.data.copy_(torch.from_numpy(value))

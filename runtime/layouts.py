@@ -9,6 +9,9 @@ import re
 from dataclasses import dataclass, field
 from math import lcm
 
+# The reference's weights, a HuggingFace folder in its own.
+INITIAL = "initial-hf"
+
 # What a word adds to the command line. A number stands behind the name: "tp2".
 SIZES = {
     "tp": "--tensor-model-parallel-size",

@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import arguments
-from runtime.layouts import SWITCHES, Job, Layout, parse_layout, run_rank
+from runtime.layouts import INITIAL, SWITCHES, Job, Layout, parse_layout, run_rank
 from runtime.machine import count_gpus, detect
 
 # Worst relative error of a gradient by precision: in float64 rounding alone, in the others what it grows to.
@@ -50,8 +50,12 @@ class Comparison:
     args: Namespace
     folder: Path
 
-    def command_line(self, layout: Layout) -> list[str]:
-        """The flags of pretrain_multimodal.py; the user's come last, so they win."""
+    def command_line(self, layout: Layout, reference: Path | None = None) -> list[str]:
+        """The flags of pretrain_multimodal.py; the user's come last, so they win.
+
+        Args:
+            reference: whose weights to start from, if it is another layout's folder.
+        """
         args = self.args
         optimizers = {
             "sgd": ("--optimizer", "sgd", "--sgd-momentum", "0"),
@@ -74,6 +78,8 @@ class Comparison:
         # The router's float32 would go to Transformer Engine where it is installed, which has no float64.
         precision = {"bf16": ["--bf16"], "float32": [], "float64": ["--moe-router-dtype", "fp64"]}
         flags += precision[args.dtype] + ["--use-packed-sequence"] * layout.packed
+        if reference not in (None, self.folder / layout.name):
+            flags += ["--load-hf", str(reference / INITIAL)]
         return [*flags, *layout.flags, *args.flags]
 
     def refusals(self, layout: Layout) -> list[str]:
@@ -110,7 +116,7 @@ class Comparison:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             job = Job(
-                flags=tuple(self.command_line(layout)),
+                flags=tuple(self.command_line(layout, reference)),
                 float64=self.args.dtype == "float64",
                 reference=str(reference),
                 is_reference=reference == folder,

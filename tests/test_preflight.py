@@ -76,7 +76,7 @@ REFUSED = {
     "format without FSDP": (f"{TINY} --ckpt-format fsdp_dtensor", 1, ["use --ckpt-format torch_dist"]),
     "variant": (f"{BASE} --model-variant tinny", 1, ["--model-variant tinny", "did you mean tiny?", *VARIANTS]),
     "arch": (f"{TINY} --model-arch qwen35", 1, ["--model-arch qwen35", "did you mean qwen35_vl?"]),
-    "provider": (f"{TINY} --dataset-provider cord", 1, ["did you mean cord_v2?", "mock, receipts, cord_v2"]),
+    "provider": (f"{TINY} --dataset-provider cord", 1, ["did you mean cord_v2?", "mock, ragged, receipts, cord_v2"]),
     "processor": (f"{TINY} --hf-processor-path /nowhere/at/all", 1, ["--hf-processor-path /nowhere", "no such folder"]),
     "processor's folder": (f"{TINY} --hf-processor-path {Path(__file__).parent}", 1, ["preprocessor_config.json"]),
     "checkpoint": (f"{TINY} --load /nowhere --exit-on-missing-checkpoint", 1, ["--load /nowhere", "CKPT_LOAD"]),

@@ -1,4 +1,4 @@
-"""Runs `pretrain_multimodal.main()` several times in one process, whose import of Megatron takes longer than a run.
+"""Runs `pretrain_multimodal.main()` several times after one import of Megatron, which takes longer than a run.
 
     [torch.distributed.run --nproc-per-node N] tests/train_jobs.py RUNS.json
 
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -39,18 +40,27 @@ def run(folder: Path, runs: list[list[str]], ranks: int = 1, *, fsdp: bool = Fal
 
 
 def main() -> None:
-    import torch
-    from megatron.training.training import destroy_global_state
+    import megatron.training  # noqa: F401  before the forks
 
     import pretrain_multimodal
+    import runtime.hf_ranks  # noqa: F401
 
-    destroy = torch.distributed.destroy_process_group
-    # The next run goes on with the default group.
-    torch.distributed.destroy_process_group = lambda group=None: None if group is None else destroy(group)
-    for flags in json.loads(Path(sys.argv[1]).read_text()):
-        pretrain_multimodal.main([*FLAGS, *flags])
-        destroy_global_state()
-    destroy()
+    for index, flags in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        # A process of its own, which has Megatron imported: process groups and globals end with it.
+        child = os.fork()
+        if child == 0:
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(index)  # torchrun's store is told the runs apart by it
+            status = 1
+            try:
+                pretrain_multimodal.main([*FLAGS, *flags])
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
+            raise SystemExit(f"run {index} failed: {' '.join(flags)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def test_names_are_listed_without_torch() -> None:
     """The launcher's preflight has three seconds."""
     code = "import sys, data; print(*data.DATASET_PROVIDERS, 'torch' in sys.modules, 'numpy' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["mock", "receipts", "cord_v2", "False", "False"]
+    assert run.stdout.split() == ["mock", "ragged", "receipts", "cord_v2", "False", "False"]
 
 
 def test_entries_are_under_their_names() -> None:
