@@ -43,8 +43,8 @@ from data.loader import dataset_provider  # noqa: E402
 from forward_step import ForwardStep  # noqa: E402
 from models import MODEL_REGISTRY  # noqa: E402
 from models.qwen35_vl.configuration import Qwen35VLConfig  # noqa: E402
-from models.qwen35_vl.hf_weights import export_hf_state, hf_shares, load_hf_state, weight_map  # noqa: E402
-from models.weight_map import assemble  # noqa: E402
+from models.qwen35_vl.hf_weights import canonical_parameters, export_hf_state, load_hf_state, weight_map  # noqa: E402
+from models.weight_map import Rank, assemble, shares  # noqa: E402
 from pretrain_multimodal import model_provider  # noqa: E402
 from runtime.float64 import float64  # noqa: E402
 from runtime.full_tensors import full_gradients, full_parameters, unwrapped  # noqa: E402
@@ -222,16 +222,20 @@ class Watch:
 
     def _compare(self, full: Callable[[list[nn.Module]], Iterable[tuple[str, Tensor]]], file: str) -> Differences:
         """This rank's regions of the HF tensors against the reference's, which the reference itself writes first."""
-        shares = []
+        found = []
         for chunk in self._model:
             model, values = unwrapped(chunk), dict(full([chunk]))
             of_parameter = {parameter: values[name] for name, parameter in model.named_parameters()}
-            shares += hf_shares(model, self._architecture, self._mapping, of_parameter.__getitem__)
+            # In the place of the parameters: under FSDP these have the shape without tensor parallelism.
+            whole = (
+                (name, of_parameter[parameter]) for name, parameter in canonical_parameters(model, self._architecture)
+            )
+            found += shares(self._mapping, whole, Rank.of(model.pg_collection))
         if self._job.is_reference:
-            save_file(assemble(self._mapping, shares), self._folder / file)
+            save_file(assemble(self._mapping, found), self._folder / file)
         differences: Differences = {}
         with safe_open(self._folder / file, "pt") as reference:
-            for piece, mine in shares:
+            for piece, mine in found:
                 expected = FileSlice(reference, piece.name)[piece.foreign_index]
                 square = (mine.cpu().double().reshape(expected.shape) - expected.double()).square().sum().item()
                 if math.isnan(square):
