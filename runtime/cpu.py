@@ -19,8 +19,8 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -208,6 +208,30 @@ def _uneven_scatter(original: Function) -> Function:
         output.copy_(parts.sum(0).view_as(output))
 
     return reduce_scatter
+
+
+def _coalesced_by_dtype(original: Function) -> Function:
+    """The context manager that makes one collective of several: one for each dtype, since gloo packs them as one."""
+    waiting = torch.distributed.distributed_c10d._world.pg_coalesce_state  # group -> collectives under way
+
+    @contextmanager
+    @functools.wraps(original)
+    def manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+        key = group or torch.distributed.group.WORLD
+        others: list[list[Any]] = []
+        with original(group, device, async_ops) as works:
+            yield works
+            by_dtype: dict[torch.dtype, list[Any]] = {}
+            for collective in waiting[key]:
+                by_dtype.setdefault(collective.tensor.dtype, []).append(collective)
+            if by_dtype:
+                waiting[key], *others = by_dtype.values()
+        for collectives in others:
+            with original(group, device, async_ops) as more:
+                waiting[key].extend(collectives)
+            works.works.extend(more.works)
+
+    return manager
 
 
 def _without_cuda(original: Function) -> Function:
@@ -399,6 +423,11 @@ REDIRECTS = (
         "torch.distributed.init_process_group torch.distributed.new_group",
         _over_gloo,
         "--distributed-backend is nccl by default",
+    ),
+    Redirect(
+        "torch.distributed._coalescing_manager torch.distributed.distributed_c10d._coalescing_manager",
+        _coalesced_by_dtype,
+        "param_and_grad_buffer.py:504 gathers 16-bit and fp32 buckets (A_log) of later pipeline stages together",
     ),
     Redirect("torch.distributed.device_mesh.DeviceMesh.__init__", _mesh_on_cpu, "Megatron-FSDP's meshes are of 'cuda'"),
     Redirect(

@@ -249,10 +249,11 @@ class Watch:
         return differences
 
     def _shares(
-        self, model: nn.Module, value: Callable[[nn.Parameter], Tensor] | None = None
+        self, model: nn.Module, value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
     ) -> Iterator[tuple[Piece, Tensor]]:
-        parameters = self._weights.parameters(self._config, model)
-        return shares(self._mapping, parameters, Rank.of(model.pg_collection), value)
+        # Values in the place of the parameters: under FSDP these have the shape without tensor parallelism.
+        values = ((name, value(parameter)) for name, parameter in self._weights.parameters(self._config, model))
+        return shares(self._mapping, values, Rank.of(model.pg_collection))
 
     def _errors(self, of_ranks: Iterable[Differences], file: str, minus: str | None = None) -> dict[str, float]:
         """Relative error of each HF tensor, the worst of its replicas'; infinite where a region is on no rank.

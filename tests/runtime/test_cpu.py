@@ -190,3 +190,14 @@ def test_compilation_is_off() -> None:
 
     assert torch.compile(function) is function
     assert torch.compile(dynamic=True)(function) is function
+
+
+def test_coalesced_collectives_keep_dtypes_apart(single_rank: None) -> None:
+    """gloo packs coalesced tensors as if all had the first one's dtype; virtual pipeline stages mix bf16 and fp32."""
+    sources = [torch.arange(1.0, 6.0).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)]
+    targets = [torch.zeros_like(source) for source in sources]
+    with torch.distributed._coalescing_manager(async_ops=True) as works:
+        for target, source in zip(targets, sources, strict=True):
+            torch.distributed.all_gather_into_tensor(target, source, async_op=True)
+    works.wait()
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))

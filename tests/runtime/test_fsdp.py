@@ -75,8 +75,8 @@ def runs(folder: Path) -> dict[str, Run]:
         folder,
         {
             "one": (1, ["--bf16", "--train-iters", "1"]),
-            "whole": (2, [*FSDP, META, "--bf16", *save]),
-            "resumed": (2, [*FSDP, META, "--bf16", *load]),
+            "whole": (2, [*FSDP, META, "--bf16", "--train-iters", "2", *save]),
+            "resumed": (2, [*FSDP, META, "--bf16", "--train-iters", "2", *load]),
         },
     )
 
@@ -120,7 +120,7 @@ class TestCheckpoints:
     def test_resuming_is_exact(self, runs: dict[str, Run]) -> None:
         """Weights, moments and steps after loading, and after every step from there."""
         whole, resumed = (runs[name]["states"] for name in ("whole", "resumed"))
-        assert [differences(*pair) for pair in zip(resumed, whole[1:], strict=True)] == [[], [], []]
+        assert [differences(*pair) for pair in zip(resumed, whole[1:], strict=True)] == [[], []]
 
     def test_a_step_changes_everything(self, runs: dict[str, Run]) -> None:
         """Else the test above would prove little."""
