@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
-# Frames that stand between a caller and torch: torch's own, the redirection of CUDA, and the counting.
-BETWEEN = (str(TORCH), str(ROOT / "runtime/cpu.py"), str(ROOT / "tests"))
+# Frames that stand between a caller and torch: torch's own, the redirection of CUDA, the counting, torch's warnings.
+BETWEEN = (str(TORCH), str(ROOT / "runtime/cpu.py"), str(ROOT / "tests"), warnings.__file__)
 OWN = tuple(str(ROOT / name) for name in ("models", "runtime", "data", "forward_step.py"))
 
 # Methods of Tensor and functions of torch that read a tensor's values on the host.

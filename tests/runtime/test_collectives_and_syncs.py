@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.host_syncs import ROOT, counted_on_cpu, own_caller
+from tests.host_syncs import ROOT, counted_on_cpu, counted_on_gpu, own_caller
 from tests.ranks import run_on_ranks
 
 MICRO_BATCHES = 2
@@ -144,3 +144,18 @@ def test_the_count_sees_what_waits() -> None:
         ),
         2,
     ) | {"__getitem__": 4}
+
+
+def test_the_gpu_count_names_our_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reports a wait as a warning, raised where the operation was called; here by code that claims to be ours."""
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    wait = "import warnings\ndef wait():\n    warnings.warn('called a synchronizing CUDA operation')"
+    ours: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    exec(compile(wait, str(ROOT / "models/ours.py"), "exec"), ours)
+    exec(compile(wait, "/site-packages/megatron/core/theirs.py", "exec"), others)
+    with counted_on_gpu() as counts:
+        ours["wait"]()
+        others["wait"]()
+    assert counts == {"models/ours.py:3": 1, "": 1}
