@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -142,9 +141,9 @@ class Watch:
             folder = self._folder / INITIAL
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(self._config))
-            # By way of numpy: in float64's mode torch has no float32.
             weights = assemble(self._mapping, self._shares(model))
-            save_numpy({k: v.cpu().double().numpy().astype(np.float32) for k, v in weights.items()}, folder / WEIGHTS)
+            # In the dtype that float64's mode leaves alone.
+            save_file({name: tensor.double() for name, tensor in weights.items()}, folder / WEIGHTS)
         return chunks
 
     def forward_step(self) -> ForwardStep:
