@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -50,15 +49,8 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             os.environ["TORCHELASTIC_RESTART_COUNT"] = str(index)  # torchrun's store is told the runs apart by it
-            status = 1
-            try:
-                pretrain_multimodal.main([*FLAGS, *flags])
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
+            pretrain_multimodal.main([*FLAGS, *flags])
+            return  # the interpreter's own exit ends the processes that saving has started
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
             raise SystemExit(f"run {index} failed: {' '.join(flags)}")
 

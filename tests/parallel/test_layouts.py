@@ -50,7 +50,7 @@ QUICK: dict[Group, str] = {
 }
 SLOW: dict[Group, str] = {
     MOE: """
-        tp2+sp cp2 cp4 pp2 pp4 tp4+sp ep2+dp2+distopt ep2+cp2 ep2+pp2 ep2+etp2 tp2+sp+ep2+etp1 tp2+sp+pp2 cp2+pp2
+        ep2+etp2 tp2+sp cp2 cp4 pp2 pp4 tp4+sp ep2+distopt ep2+cp2 ep2+pp2 ep2+etp2 tp2+sp+ep2+etp1 tp2+sp+pp2 cp2+pp2
         bshd+cp2 bshd+cp4 bshd+tp2+sp bshd+pp2 bshd+ep2 dp2+distopt recompute selective recompute_vision
         cp2+recompute+recompute_vision cp2+allgather pp2+first1+last3 no_mtp+cp2 no_mtp+pp2
     """,
@@ -68,6 +68,9 @@ CASES = [
     *(pytest.param(group, name, marks=pytest.mark.slow) for group, names in SLOW.items() for name in names.split()),
 ]
 
+# One whose documents have a micro-batch without an image, and whose routers have no near ties.
+SEED = ("--", "--seed", "2")
+
 type Results = dict[str, dict[str, Any]]
 
 
@@ -77,7 +80,7 @@ def compare(folder: Path, arguments: tuple[str, ...], layouts: list[str]) -> Res
     # The tests judge for themselves.
     command = [sys.executable, str(SCRIPT), *arguments, "--tolerance", "inf", "--json", str(file)]
     run = subprocess.run(
-        [*command, "--output", str(folder), "--layouts", *layouts], capture_output=True, text=True, check=False
+        [*command, "--output", str(folder), "--layouts", *layouts, *SEED], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
     print(run.stdout)

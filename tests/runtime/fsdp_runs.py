@@ -116,7 +116,7 @@ def start(job: dict[str, Any], out: Path) -> None:
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
-        os._exit(code)
+        sys.exit(code)  # ends the processes that saving has started
     while ranks:
         pid, status = os.wait()
         del ranks[pid]
