@@ -239,7 +239,8 @@ def test_flat_batches_hold_everything(packed: bool) -> None:
     assert again.vision[0]["pixel_values"].untyped_storage().data_ptr() == storage
 
 
-def test_batches_are_saved_by_torch(tmp_path: Path) -> None:
+def test_batches_are_saved_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # set by runtime/mends.py; this file is our own
     batch = unflatten(flatten(make([[MIDDLE], [ONE]])))
     torch.save(batch, tmp_path / "batch.pt")
     assert_equal(torch.load(tmp_path / "batch.pt", weights_only=False), batch)

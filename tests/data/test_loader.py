@@ -321,7 +321,10 @@ class Unreadable(ToyDataset):
         raise AssertionError("only the first rank of a group loads")
 
 
-def test_two_ranks_get_the_same_batches_in_two_collectives_each(tmp_path: Path) -> None:
+def test_two_ranks_get_the_same_batches_in_two_collectives_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # set by runtime/mends.py; this file is our own
     torch.multiprocessing.spawn(receive, args=(str(tmp_path),), nprocs=2)
     sent, received = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     alone = reader(dataset=ToyDataset(LENGTHS, [4 * (index % 2) for index in range(len(LENGTHS))]), micro_batch_size=2)
