@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from runtime import checkpoints
 
@@ -228,8 +229,11 @@ def _complete_states(optimizer: Any) -> None:
     steps = [state["step"] for state in inner.state.values() if "step" in state]
     optimizer.init_state_fn(inner, optimizer.config)
     states = {parameter: inner.state[parameter] for group in inner.param_groups for parameter in group["params"]}
-    for state in states.values() if steps else ():
-        state.setdefault("step", steps[0].clone())
+    for parameter, state in states.items() if steps else ():
+        share = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not share.numel():
+            # Nothing counts it up, and any rank's may be the one that is saved.
+            state["step"] = max(steps).clone()
     inner.state.clear()
     inner.state.update(states)
 

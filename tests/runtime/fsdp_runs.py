@@ -53,7 +53,9 @@ def state_of(model: list[nn.Module], optimizer: Any) -> dict[str, Tensor]:
             for moment in ("exp_avg", "exp_avg_sq"):
                 share = optimizer.optimizer.state.get(parameter, {}).get(moment, torch.zeros_like(parameter.data))
                 own[f"{whole_name(key)}.{moment}"] = gather_share(share, parameter.orig_param.shape)
-        own["steps"] = torch.tensor(sorted({float(state["step"]) for state in optimizer.optimizer.state.values()}))
+        # Of an empty share nobody counts the steps.
+        held = [state for parameter, state in optimizer.optimizer.state.items() if parameter.to_local().numel()]
+        own["steps"] = torch.tensor(sorted({float(state["step"]) for state in held}))
     of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_ranks, own)
     together: dict[str, Tensor] = {}

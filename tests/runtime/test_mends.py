@@ -262,8 +262,10 @@ class TestFSDPOptimizerStates:
     def saved(optimizer_class: type) -> dict[str, dict[str, Tensor]]:
         empty, held = nn.Parameter(torch.empty(0)), nn.Parameter(torch.ones(2))
         optimizer = torch.optim.AdamW([empty, held])
-        held.grad = torch.ones(2)
-        optimizer.step()
+
+        def step() -> None:
+            held.grad = torch.ones(2)
+            optimizer.step()
 
         def init_state(inner: torch.optim.Optimizer, config: object) -> None:
             for parameter in (empty, held):
@@ -280,6 +282,9 @@ class TestFSDPOptimizerStates:
             _param_name=names.get,
             _param_groups_to_param2group_meta=lambda groups: {},
         )
+        step()
+        optimizer_class.sharded_param_state_fsdp_dtensor(stand_in)
+        step()
         return optimizer_class.sharded_param_state_fsdp_dtensor(stand_in)["state"]
 
     def test_is_still_broken(self, broken_class: type) -> None:
@@ -288,7 +293,7 @@ class TestFSDPOptimizerStates:
     def test_mended(self, mended_class: type) -> None:
         states = self.saved(mended_class)
         assert list(states) == ["empty", "held"]
-        assert states["empty"]["step"] == states["held"]["step"] == 1
+        assert states["empty"]["step"] == states["held"]["step"] == 2
         assert states["empty"]["step"] is not states["held"]["step"]
 
 
