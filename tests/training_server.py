@@ -126,7 +126,10 @@ class TrainingServer:
         """Train to the end, however it comes."""
         self._process.stdin.write(json.dumps(asdict(job)) + "\n")
         self._process.stdin.flush()
-        return Result(job, json.loads(self._process.stdout.readline()))
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the server ended with code {self._process.wait()} while it ran {job}")
+        return Result(job, json.loads(answer))
 
     def train(self, out: Path, *flags: str, ranks: int = 1) -> Result:
         """Train and succeed."""
