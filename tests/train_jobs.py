@@ -48,7 +48,9 @@ def main() -> None:
         # A process of its own, which has Megatron imported: process groups and globals end with it.
         child = os.fork()
         if child == 0:
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(index)  # torchrun's store is told the runs apart by it
+            if "MASTER_PORT" in os.environ:  # a store of its own: torchrun's still has the last run's addresses
+                port = int(os.environ["MASTER_PORT"]) + 1 + index
+                os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
             pretrain_multimodal.main([*FLAGS, *flags])
             return  # the interpreter's own exit ends the processes that saving has started
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from runtime.layouts import parse_layout
+
 SCRIPT = Path(__file__).parents[2] / "scripts/check_parallel.py"
 
 
@@ -45,7 +47,7 @@ FLOAT32_DENSE = Group("dense32", ("--variant", "tiny", "--dtype", "float32"), lo
 
 QUICK: dict[Group, str] = {
     MOE: "tp2+sp+cp2 pp2+vpp2 ep2",
-    DENSE: "cp2 pp2 bshd+cp2",
+    DENSE: "cp2 no_mtp+pp2 bshd+cp2",  # with MTP megatron-core synchronises the embedding in any case
     FLOAT32_MOE: "cp2+ep2 fsdp2+ep2",
 }
 SLOW: dict[Group, str] = {
@@ -55,7 +57,7 @@ SLOW: dict[Group, str] = {
         cp2+recompute+recompute_vision cp2+allgather pp2+first1+last3 no_mtp+cp2 no_mtp+pp2
     """,
     DENSE: """
-        tp2+sp cp4 pp4 pp2+vpp2 tp4+sp dp2+distopt tp2+sp+cp2 tp2+sp+pp2 cp2+pp2 bshd+cp4 bshd+tp2+sp+pp2
+        tp2+sp cp4 pp2 pp4 pp2+vpp2 tp4+sp dp2+distopt tp2+sp+cp2 tp2+sp+pp2 cp2+pp2 bshd+cp4 bshd+tp2+sp+pp2
         recompute selective recompute_vision cp2+allgather pp2+first1+last3 no_mtp+tp2+sp
     """,
     SGD: "tp2+sp cp2 pp2 ep2",
@@ -112,7 +114,7 @@ def test_layout_trains_the_same_model(group: Group, layout: str, results: Callab
     assert result["worst_gradient"][0] < group.gradient, result["worst_gradient"]
     assert result["worst_update"][0] < group.update, result["worst_update"]
     for name, values in result["logged"].items():
-        one_rank = figures["one+bshd" if "bshd" in layout else "one+thd"]["logged"][name]
+        one_rank = figures[parse_layout(layout).reference]["logged"][name]
         assert values == pytest.approx(one_rank, rel=1e-6)  # TensorBoard's float32
 
 

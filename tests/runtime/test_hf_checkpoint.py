@@ -184,6 +184,7 @@ def two_fsdp_ranks(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
+@pytest.mark.slow
 def test_folders_cross_two_fsdp_ranks_unchanged(two_fsdp_ranks: Job) -> None:
     two_fsdp_ranks.check()
 
