@@ -390,10 +390,11 @@ def checkpoints_are_valid_or_invisible() -> None:
 
     def delete_old() -> None:
         args = get_args()
-        if args.keep_last is None:
+        last = vars(args).get("keep_last")  # our flag, which Megatron's own programs don't have
+        if last is None:
             return
         try:
-            gone = checkpoints.keep_last(Path(args.save), args.keep_last, args.ckpt_format)
+            gone = checkpoints.keep_last(Path(args.save), last, args.ckpt_format)
         except OSError as error:  # it costs disk space, no checkpoint
             print(f"WARNING: old checkpoints can't be deleted: {error}", file=sys.stderr, flush=True)
         else:

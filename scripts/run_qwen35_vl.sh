@@ -67,17 +67,9 @@ switches USE_PACKED_SEQUENCE USE_FSDP RECOMPUTE RECOMPUTE_VISION FORCE_LOAD_BALA
 switches CKPT_RESUME CKPT_OVERRIDE_SCHEDULER
 for variable in NUM_LAYERS NUM_EXPERTS VISION_NUM_LAYERS KEEP_LAST; do [ -z "${!variable:-}" ] || indices "$variable"; done
 
-load_hf= arguments=("$@")
-for i in "${!arguments[@]}"; do
-    case ${arguments[i]} in
-        --load-hf) load_hf=${arguments[i + 1]:-} ;;
-        --load-hf=*) load_hf=${arguments[i]#*=} ;;
-    esac
-done
-
+load_hf=$(printf '%s\n' "$@" | sed -n '/^--load-hf$/{n;p;};s/^--load-hf=//p' | tail -n 1)
 case $MODEL_VARIANT in tiny*) lr=1e-3 min_lr=1e-4 ;; *) lr=1.2e-4 min_lr=1.2e-5 ;; esac
-start=$load_hf
-[ "$CKPT_RESUME" = 1 ] || start=${CKPT_LOAD:-$load_hf}
+((CKPT_RESUME)) && start=$load_hf || start=${CKPT_LOAD:-$load_hf}
 if [ -n "$start" ]; then
     lr=1e-5 min_lr=1e-6
     note "fine-tuning from $start: --lr $lr --min-lr $min_lr unless you give others"
@@ -87,8 +79,7 @@ layout=tp${TP}_ep${EP}_pp${PP}_cp${CP}
 ((USE_PACKED_SEQUENCE)) && layout+=_thd
 model=${load_hf:+$(basename "$load_hf")}
 EXP_NAME=${EXP_NAME:-qwen35vl_${model:-$MODEL_VARIANT}_$layout}
-ROOT_DIR=${ROOT_DIR:-./outputs}
-OUTPUT_DIR=${OUTPUT_DIR:-${ROOT_DIR%/}/$EXP_NAME}
+ROOT_DIR=${ROOT_DIR:-./outputs} OUTPUT_DIR=${OUTPUT_DIR:-${ROOT_DIR%/}/$EXP_NAME}
 
 flags=(
     --dataset-provider "$DATASET_PROVIDER"
