@@ -259,7 +259,8 @@ class Watch:
 
         Args:
             file: the reference.
-            minus: relative to the norm of the reference less this file, so to what the optimizer changed.
+            minus: relative to the norm of the reference less this file, so to what the optimizer changed, plus one
+                rounding of the reference: in bf16 many a step is smaller than that.
         """
         worst: Differences = {}
         for differences in of_ranks:
@@ -276,8 +277,11 @@ class Watch:
             safe_open(self._folder / (minus or file), "pt") as start,
         ):
             for name in reference.keys():  # noqa: SIM118
-                whole = reference.get_tensor(name).double()
-                norm = (whole - start.get_tensor(name) if minus else whole).norm().item()
+                whole = reference.get_tensor(name)
+                norm = whole.double().norm().item()
+                if minus:
+                    step = (whole.double() - start.get_tensor(name)).norm().item()
+                    norm = step + torch.finfo(whole.dtype).eps * norm
                 difference = squares[name] ** 0.5 if covered[name] == whole.numel() else float("inf")
                 errors[name] = difference / norm if norm else (float("inf") if difference else 0.0)
         return errors

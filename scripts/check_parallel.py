@@ -36,6 +36,8 @@ from runtime.machine import count_gpus, detect
 
 # Worst relative error of a gradient by precision: in float64 rounding alone, in the others what it grows to.
 TOLERANCES = {"float64": 1e-8, "float32": 2e-4, "bf16": 5e-2}
+# Distance of two experts' logits that rounding can bridge.
+NEAR_TIES = {"float32": 1e-3, "bf16": 0.1}
 LOGGED = ("mtp_1 loss", "load_balancing_loss")
 COLUMNS = (
     *("layout", "ranks", "loss", "grad norm", "loss error", "gradient error"),
@@ -84,14 +86,21 @@ class Comparison:
 
     def refusals(self, layout: Layout) -> list[str]:
         """Why the layout can't run, before any rank starts."""
+        machine = detect()
         try:
-            arguments.preflight(self.command_line(layout), detect(), layout.world_size)
+            arguments.preflight(self.command_line(layout), machine, layout.world_size)
         except arguments.Refused as refused:
             return refused.problems
+        if self.args.dtype == "float64" and machine.gpus and machine.transformer_engine:
+            # core/optimizer/clip_grads.py takes Transformer Engine's fused norm where it is installed.
+            return [
+                "Transformer Engine's gradient norm knows no float64; use --dtype float32, or CPU ranks: "
+                "CUDA_VISIBLE_DEVICES= before the command"
+            ]
         if layout.fsdp and self.args.dtype == "float64":
             # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py:2728 raises KeyError for it.
             return ["megatron-core 0.19.2's Megatron-FSDP keeps no float64 gradients; use --dtype float32"]
-        nodes, gpus = self.nodes(layout), count_gpus()
+        nodes, gpus = self.nodes(layout), machine.gpus
         if layout.world_size % nodes:
             return [f"its {layout.world_size} ranks don't spread evenly over --nnodes {nodes}; add data ranks (dp)"]
         if 0 < gpus < layout.world_size // nodes:
@@ -154,6 +163,8 @@ def main() -> None:
     # Read when its first rank starts.
     multiprocessing.set_forkserver_preload(["runtime.layout_run"])
     os.environ["OMP_NUM_THREADS"] = "1"  # while it starts; a rank takes its share of the cores
+    if args.dtype == "float32":
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine's router product would round to 10 bits
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of what isn't installed; a rank's log has its own
     print(f"{args.variant}, {args.dtype}, {args.steps} steps of {args.optimizer}; logs in {comparison.folder}")
     print(_row(*COLUMNS))
@@ -174,6 +185,13 @@ def main() -> None:
         for name in wrong:
             error, tensor = results[name]["worst_gradient"]
             print(f"{name}: the gradient of {tensor} is off by {error:.1e}, more than {tolerance:.0e}", file=sys.stderr)
+            margin = results[name]["router_margin"]
+            if margin is not None and margin < NEAR_TIES.get(args.dtype, 0):
+                print(
+                    f"  A router's closest choice was {margin:.1e} apart, which {args.dtype} may turn round: then a "
+                    "token went to another expert. --dtype float32 or a dense --variant tells it from a fault.",
+                    file=sys.stderr,
+                )
         raise SystemExit(1)
 
 
