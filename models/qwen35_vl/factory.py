@@ -42,6 +42,7 @@ def _flags_from_hf(folder: Path) -> list[str]:
 def _check_kernels(args: Namespace) -> None:
     import torch
 
+    from models.backends.te_attention import AttentionSizes, check_fused_attention
     from models.qwen35_vl.gdn_kernels import GDNSizes, check_fla_gradients
 
     if not torch.cuda.is_available() or args.transformer_impl == "local" or args.deterministic_mode:
@@ -58,6 +59,17 @@ def _check_kernels(args: Namespace) -> None:
             channels=(2 * keys + values) // ranks,
         )
     )
+    # No fused attention computes in float32.
+    if (args.bf16 or args.fp16) and args.attention_backend.name in ("auto", "fused") and not args.allow_slow_kernels:
+        check_fused_attention(
+            AttentionSizes(
+                heads=config.num_attention_heads // args.tensor_model_parallel_size,
+                kv_heads=max(1, config.num_query_groups // args.tensor_model_parallel_size),
+                head_dim=config.kv_channels,
+                dtype=torch.bfloat16 if args.bf16 else torch.float16,
+                packed=args.use_packed_sequence,
+            )
+        )
 
 
 def _hf_config(args: Namespace) -> dict[str, Any]:

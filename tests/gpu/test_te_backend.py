@@ -85,4 +85,7 @@ def test_transformer_engine_equals_torch(name: str, tmp_path: Path) -> None:
     for key in worst:
         print(f"  {key}: {errors[key][0]:.2e}, torch in bfloat16 {errors[key][1]:.2e}")
     assert relative_error(fused.double(), exact) < 2 * noise
-    assert max(error for error, _ in errors.values()) < 2 * max(error for _, error in errors.values())
+    bfloat16 = max(error for _, error in errors.values())
+    for key, (error, _) in errors.items():
+        # A router's gradient jumps where rounding sends a token to another expert.
+        assert error < (4 if key.endswith("mlp.gate.weight") else 2) * bfloat16, key
