@@ -178,8 +178,8 @@ def main() -> None:
             raise SystemExit(1) from None
         results[layout.name] = summary(result, results.get(layout.reference, result))
         print(_row(layout.name, layout.world_size, *_figures(results[layout.name])), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=1))
     tolerance = args.tolerance or TOLERANCES[args.dtype]
     if wrong := [name for name, result in results.items() if not result["worst_gradient"][0] <= tolerance]:
         for name in wrong:
