@@ -32,6 +32,7 @@ ALWAYS = (
     *("--dataloader-type", "external"),  # data/loader.py
     *("--tokenizer-type", "NullTokenizer"),  # ids come from the processor, the vocabulary from the architecture
     *("--save-interval", "500"),  # Megatron refuses --save without one
+    *("--eval-interval", "1000"),  # without one 0.19.2 divides by None
     "--calculate-per-token-loss",
     "--no-rope-fusion",  # the model rotates by itself (interleaved MRoPE)
     "--no-one-logger",

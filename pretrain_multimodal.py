@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     # Plain python, without torchrun's rendezvous: one rank needs no port.
     store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
     # torchrun's last words are then the traceback of the rank that failed first.
-    record(pretrain)(
+    record(checkpoints.schedule_explained()(pretrain))(
         pretrain_cfg_container_from_args(args, model),
         dataset_provider(args, spec, processor),
         ModelType.encoder_or_decoder,

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,24 @@ class Start:
     step: int | None = None
     remarks: tuple[str, ...] = ()
     problem: str | None = None
+
+
+@contextmanager
+def schedule_explained() -> Iterator[None]:
+    """Add the fix to megatron-core's refusal of a checkpoint with another schedule (core/optimizer_param_scheduler.py).
+
+    Only then is it known: the checkpoint's own state says what its schedule was.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        if "OptimizerParamScheduler" in str(error):
+            error.add_note(
+                "The checkpoint was made with another schedule. --override-opt_param-scheduler "
+                "(CKPT_OVERRIDE_SCHEDULER=1) takes this command line's, --use-checkpoint-opt_param-scheduler the "
+                "checkpoint's; else give the flags that it was made with (--train-iters, --lr, ...)"
+            )
+        raise
 
 
 def choose(load: Path, step: int | None, ckpt_format: str) -> Start:

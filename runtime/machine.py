@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 
 @dataclass(frozen=True)
 class Machine:
-    """gpus: CUDA devices that this process sees; the others: packages that Python finds, not imported."""
+    """gpus: CUDA devices that this process sees; the others: packages that Python finds, not imported, and programs."""
 
     gpus: int
     transformer_engine: bool
     flash_linear_attention: bool
     fused_weight_gradients: bool  # Apex's extension, which --gradient-accumulation-fusion needs
     wandb: bool
+    compiler: bool = True  # C++ and ninja: what torch.utils.cpp_extension builds with
 
 
 def detect() -> Machine:
@@ -25,6 +28,7 @@ def detect() -> Machine:
         flash_linear_attention=find_spec("fla") is not None,
         fused_weight_gradients=find_spec("fused_weight_gradient_mlp_cuda") is not None,
         wandb=find_spec("wandb") is not None,
+        compiler=bool(shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja")),
     )
 
 

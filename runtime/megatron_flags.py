@@ -93,6 +93,7 @@ def add_megatron_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--norm-epsilon", dest="layernorm_epsilon", type=float, default=1e-5)
     parser.add_argument("--mrope-section", type=int, nargs="+", default=None)
     parser.add_argument("--cp-comm-type", nargs="+", default=None)
+    parser.add_argument("--recompute-modules", nargs="+", default=None)
     parser.add_argument("--transformer-impl", default=None)
 
 

@@ -135,6 +135,13 @@ def _machine(args: Namespace, machine: Machine) -> list[str]:
                 f"{' and '.join(missing)} not installed: on a GPU, plain torch kernels are many times slower; "
                 "pip install '.[te]', or accept them with --allow-slow-kernels"
             )
+    # core/tensor_parallel/random.py builds an extension for these at the first backward.
+    discarding = sorted({"layernorm", "moe_act", "gdn_norm_out"} & set(args.recompute_modules or ()))
+    if discarding and not machine.compiler:
+        problems.append(
+            f"--recompute-modules {' '.join(discarding)}: megatron-core compiles C++ for it, and there is no "
+            "compiler (c++ or CXX) or no ninja; install both, or leave it out (core_attn needs none)"
+        )
     if args.wandb_project and not machine.wandb:
         problems.append(f"--wandb-project {args.wandb_project}: wandb isn't installed; pip install wandb")
     return problems

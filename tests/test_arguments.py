@@ -119,6 +119,12 @@ def test_explicit_flags_win() -> None:
     assert config.hidden_size == VARIANTS["tiny"].hidden_size
 
 
+def test_an_evaluation_interval_is_always_there() -> None:
+    """Without one Megatron divides the iterations by None, whatever --eval-iters says."""
+    assert resolve("--eval-iters", "0").eval_interval == 1000
+    assert resolve("--eval-interval", "7").eval_interval == 7
+
+
 def test_no_experts_makes_a_variant_dense() -> None:
     from megatron.training.argument_utils import core_transformer_config_from_args
 

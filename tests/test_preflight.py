@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,14 @@ def test_slow_fallbacks_on_a_gpu_are_refused(machine: Machine, flags: str, fragm
         preflight(f"{TINY} {flags}".split(), machine, 1)
     for fragment in fragments:
         assert fragment in str(refusal.value)
+
+
+def test_recomputation_that_is_compiled_needs_a_compiler() -> None:
+    flags = f"{TINY} --recompute-granularity selective --recompute-modules core_attn layernorm gdn_norm_out".split()
+    preflight(flags, LAPTOP, 1)
+    with pytest.raises(Refused, match=r"--recompute-modules gdn_norm_out layernorm: .*ninja"):
+        preflight(flags, replace(LAPTOP, compiler=False), 1)
+    preflight(flags[:-2], replace(LAPTOP, compiler=False), 1)
 
 
 def test_slow_fallbacks_on_a_gpu_can_be_allowed() -> None:

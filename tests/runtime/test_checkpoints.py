@@ -203,6 +203,16 @@ def test_room_is_made_before_a_checkpoint_is_written_over(folder: Path) -> None:
     assert not (folder / checkpoints.TRACKER).exists()
 
 
+def test_another_schedule_says_what_to_do() -> None:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    scheduler = object.__new__(OptimizerParamScheduler)
+    scheduler.override_opt_param_scheduler = scheduler.use_checkpoint_opt_param_scheduler = False
+    with pytest.raises(AssertionError) as refused, checkpoints.schedule_explained():
+        scheduler._check_and_set(20.0, 40.0, "total number of iterations")
+    assert "CKPT_OVERRIDE_SCHEDULER=1" in refused.value.__notes__[0]
+
+
 def test_imports_neither_torch_nor_megatron() -> None:
     code = "import sys, runtime.checkpoints; print({'torch', 'megatron', 'numpy'} & set(sys.modules) or 'light')"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
