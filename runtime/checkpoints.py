@@ -129,7 +129,7 @@ def damage(folder: Path, ckpt_format: str) -> str | None:
         return None
     try:
         with open(folder / ".metadata", "rb") as file:
-            metadata = _MetadataReader(file).load()
+            metadata = _IndexWithoutTorch(file).load()
         ends: dict[str, int] = defaultdict(int)
         for record in metadata.storage_data.values():
             ends[record.relative_path] = max(ends[record.relative_path], record.offset + record.length)
@@ -284,14 +284,36 @@ class _Record:
             vars(self).update(state)
 
 
-class _MetadataReader(pickle.Unpickler):
-    """Reads `torch.distributed.checkpoint`'s .metadata without torch."""
+# What `.metadata`, a pickle, may name; anything else could be made to run code.
+_INDEX_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+}
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Reads `torch.distributed.checkpoint`'s .metadata, and only what such an index consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"):
-            return _Record
-        if (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")) or module == "pathlib":
-            return _Record
-        if module == "torch" and re.fullmatch(r"b?float\w*|u?int\w*|bool|complex\w*|long|half|double|short", name):
-            return _Record
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does; load only your own")
+        is_dtype = module == "torch" and re.fullmatch(
+            r"(b?float|u?int)(\d\w*)?|complex\d+|bool|long|half|double|short", name
+        )
+        if not is_dtype and name not in _INDEX_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does; load only your own")
+        return self.found(module, name)
+
+    def found(self, module: str, name: str) -> Any:
+        return super().find_class(module, name)
+
+
+class _IndexWithoutTorch(IndexUnpickler):
+    def found(self, module: str, name: str) -> Any:
+        return _Record

@@ -9,7 +9,6 @@ writes the files: of each tensor only the part that is asked for is in memory. K
 from __future__ import annotations
 
 import io
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +20,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint import metadata as checkpoint_metadata
 from torch.distributed.checkpoint import save as save_checkpoint
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
@@ -49,6 +47,7 @@ from torch.futures import Future
 
 from models.spec import HfWeights
 from models.weight_map import Piece, Place, Source, WeightMap, WeightMismatch, pieces
+from runtime.checkpoints import IndexUnpickler
 from runtime.hf_check import check_folder, hf_weights_of, tensor_infos
 from runtime.hf_folder import (
     FolderTensors,
@@ -203,7 +202,7 @@ class CheckpointTensors:
         self._reader = FileSystemReader(folder)
         try:
             with (folder / ".metadata").open("rb") as file:
-                metadata = _IndexUnpickler(file).load()
+                metadata = IndexUnpickler(file).load()
         except Exception as error:  # whatever unpickling a damaged file raises
             raise CheckpointError(f"{folder / '.metadata'}: {error}") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -244,27 +243,6 @@ class CheckpointTensors:
             files = {self._reader.storage_data[item.storage_index].relative_path for item in items}
             raise CheckpointError(f"{self.folder}: {key}, in {', '.join(sorted(files))}: {error}") from error
         return target
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads torch.distributed.checkpoint's index, which is a pickle, and only what such an index consists of."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("collections", "OrderedDict"),
-            *((place, path) for place in ("pathlib", "pathlib._local") for path in ("PosixPath", "PurePosixPath")),
-        }
-        if (module, name) in plain:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
-            return vars(torch)[name]
-        found = vars(checkpoint_metadata).get(name)
-        if module == checkpoint_metadata.__name__ and isinstance(found, type) and found.__module__ == module:
-            return found
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
 
 
 class _RegionPlanner(LoadPlanner):

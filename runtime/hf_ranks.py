@@ -24,6 +24,7 @@ from models import MODEL_REGISTRY
 from models.base import MultimodalModel
 from models.spec import HfWeights
 from models.weight_map import Held, Piece, Rank, WeightMap, WeightMismatch, fill, plan, whole
+from runtime.full_tensors import unwrapped
 from runtime.hf_check import check_folder, tensor_infos
 from runtime.hf_folder import (
     ITEM_SIZES,
@@ -68,23 +69,18 @@ def load_hf(args: Namespace, chunks: list[nn.Module]) -> list[nn.Module]:
         held(parameter).tensor.numel() * ITEM_SIZES[folder.dtypes[next(mapping.sources[name].runs).name]]
         for chunk in chunks
         for held in [holder(chunk)]
-        for name, parameter in spec.parameters(config, bare_model(chunk))
+        for name, parameter in spec.parameters(config, unwrapped(chunk))
         if name in mapping.sources
     )
     title = f"rank 0 reads its part of {folder.path}"
     with open_tensors(folder, mapping.copies, title=title, total=own, quiet=args.rank != 0) as tensors:
         for chunk in chunks:
-            model = bare_model(chunk)
+            model = unwrapped(chunk)
             fill(mapping, spec.parameters(config, model), Rank.of(model.pg_collection), tensors, holder(chunk))
             for fsdp in _fsdp_modules(chunk):
                 fsdp.install_optimized_model_weights()
     check_values(tensors.not_finite, tensors.unequal, args.allow_nonfinite_weights)
     return chunks
-
-
-def bare_model(chunk: nn.Module) -> MultimodalModel:
-    """One pipeline stage without its wrappers."""
-    return next(module for module in chunk.modules() if isinstance(module, MultimodalModel))
 
 
 def ignored_tensors(mapping: WeightMap, folder: HfFolder) -> Iterator[str]:
@@ -190,7 +186,7 @@ class HfExporter:
         self.chunks = chunks
         if self.args.save_hf is not None and self.args.save_hf_interval is not None:
             for chunk in chunks:
-                bare_model(chunk).config.finalize_model_grads_func = finalize
+                unwrapped(chunk).config.finalize_model_grads_func = finalize
         return chunks
 
     def finish(self) -> None:
@@ -230,7 +226,7 @@ def save_hf(
     infos = tensor_infos(spec, mapping, record)
     own: dict[str, list[tuple[Region, Tensor]]] = {}
     for chunk in chunks:
-        model = bare_model(chunk)
+        model = unwrapped(chunk)
         for piece, values in _owned(mapping, spec.parameters(config, model), model, chunk):
             own.setdefault(piece.name, []).append((piece.foreign_index, values))
     senders = _who_sends(own)
