@@ -103,7 +103,8 @@ def _add_model_args(parser: ArgumentParser) -> None:
     group.add_argument(
         "--allow-slow-kernels",
         action="store_true",
-        help="On a GPU, run plain torch kernels where flash-linear-attention or Transformer Engine is missing",
+        help="On a GPU, run plain torch kernels where flash-linear-attention or Transformer Engine is missing, and "
+        "Transformer Engine's plain attention where it has no fused one",
     )
     group.add_argument(
         "--no-moe-fusion",
