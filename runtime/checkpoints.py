@@ -315,5 +315,7 @@ class IndexUnpickler(pickle.Unpickler):
 
 
 class _IndexWithoutTorch(IndexUnpickler):
+    """The same with a `_Record` in the place of everything that is torch's."""
+
     def found(self, module: str, name: str) -> Any:
-        return _Record
+        return _Record if module.startswith("torch") else super().found(module, name)

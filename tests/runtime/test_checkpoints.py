@@ -7,7 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
+from collections import OrderedDict
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -150,6 +151,13 @@ def test_corrupt_metadata(folder: Path) -> None:
     for content in (b"", b"not a pickle", whole[:-20], pickle.dumps({"storage_data": None})):
         path.write_bytes(content)
         assert damage(path.parent, "torch_dist").startswith(f"{path} can't be read: "), content
+
+
+def test_metadata_may_hold_the_standard_library_s_containers(tmp_path: Path) -> None:
+    place = OrderedDict(path=PurePosixPath("__0_0.distcp"))
+    (tmp_path / "index").write_bytes(pickle.dumps(place))
+    with open(tmp_path / "index", "rb") as file:
+        assert checkpoints._IndexWithoutTorch(file).load() == place
 
 
 def test_metadata_runs_no_code(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
