@@ -16,16 +16,18 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from data import DATASET_PROVIDERS
 from models import MODEL_REGISTRY, ModelSpec
 from runtime import checkpoints
-from runtime.hf_check import DESCRIPTION, check_folder, hf_weights_of, is_hub_name, local_folder
-from runtime.hf_folder import FolderError, HfFolder, has_processor, has_weights, parse_size, read_config
 from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
+from weights.check import DESCRIPTION, check_folder, hf_weights_of, is_hub_name, local_folder
+from weights.folder import FolderError, HfFolder, has_processor, has_weights, parse_size, read_config
 
 # What the training loop of this harness is made for; not a matter of taste.
 ALWAYS = (
@@ -183,36 +185,43 @@ def _add_hf_args(parser: ArgumentParser) -> None:
     )
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
-    """Check and resolve a command line and make it Megatron's global state; exits with code 2 when refused.
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line that passed the preflight.
+
+    words: the complete one, for Megatron's parser.
+    given: the user's own flags.
+    """
+
+    words: list[str]
+    given: list[str]
+
+
+def parse(command_line: CommandLine) -> Namespace:
+    """Resolve a checked command line and make it Megatron's global state; `runtime.prepare()` comes before it.
 
     Args:
-        argv: the flags; default: `sys.argv[1:]`.
+        command_line: from `preflight_or_exit`.
 
     Returns:
         Megatron's validated arguments with ours; also what `megatron.training.get_args()` gives from now on.
     """
-    args = resolve(sys.argv[1:] if argv is None else argv)
+    args = resolve(command_line)
     from megatron.training.global_vars import set_global_variables
 
     set_global_variables(args)
     return args
 
 
-def resolve(argv: list[str]) -> Namespace:
+def resolve(command_line: CommandLine) -> Namespace:
     """`parse` without Megatron's global state: callable many times in one process."""
-    command_line = preflight_or_exit(argv, with_weights=True)
-    from runtime import cpu, mends
-
-    if "transformer_engine" not in command_line:  # --transformer-impl local: known and chosen
+    if "transformer_engine" not in command_line.words:  # --transformer-impl local: known and chosen
         warnings.filterwarnings(
             "ignore", "(Transformer Engine and )?Apex (are|is) not installed|Only transformer-engine"
         )
-    cpu.enable()
-    mends.apply()
     from megatron.training.arguments import parse_args, validate_args
 
-    with _command_line(command_line):
+    with _command_line(command_line.words):
         args = parse_args(_extend_megatron_parser)
     # Megatron takes 0 for "no MTP" in some places and for "MTP with no depth" in others.
     args.mtp_num_layers = args.mtp_num_layers or None
@@ -221,7 +230,7 @@ def resolve(argv: list[str]) -> Namespace:
     with _without_listing() if args.save else nullcontext():
         validate_args(args)
     if args.rank == 0:
-        for notice in notices(args, argv):
+        for notice in notices(args, command_line.given):
             print(f"notice: {notice}", file=sys.stderr)
     return args
 
@@ -250,8 +259,8 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
     spec, architecture = _architecture(args)
     if args.num_experts == 0:
         architecture = without_experts(architecture)
-    if spec.dataset_providers and args.dataset_provider not in spec.dataset_providers:
-        raise Refused([unknown_name("--dataset-provider", args.dataset_provider, spec.dataset_providers)])
+    if args.dataset_provider not in DATASET_PROVIDERS:
+        raise Refused([unknown_name("--dataset-provider", args.dataset_provider, DATASET_PROVIDERS)])
     resolved += ["--model-arch", args.model_arch]
     if args.hf_config is None and args.model_variant is None:
         resolved += ["--model-variant", spec.variants[0]]
@@ -270,13 +279,17 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
     return command_line
 
 
-def preflight_or_exit(argv: list[str], *, with_weights: bool = False) -> list[str]:
-    """`preflight` for this machine and the environment's WORLD_SIZE; prints refusals and exits with code 2."""
+def preflight_or_exit(argv: list[str], *, with_weights: bool = False) -> CommandLine:
+    """`preflight` for this machine and the environment's WORLD_SIZE; prints refusals and exits with code 2.
+
+    Imports neither torch nor megatron, so that it comes before both: a refusal is there within a second.
+    """
     if "-h" in argv or "--help" in argv:
         _print_help()
         raise SystemExit(0)
     try:
-        return preflight(argv, detect(), int(os.environ.get("WORLD_SIZE", "1")), with_weights=with_weights)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        return CommandLine(preflight(argv, detect(), world_size, with_weights=with_weights), argv)
     except Refused as refused:
         print(refused, file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -330,7 +343,7 @@ def notices(args: Namespace, argv: list[str]) -> list[str]:
         found.append(f"--cp-comm-type {kind} ({why})")
     if args.load:
         step = args.ckpt_step if "--ckpt-step" in given else None
-        found += checkpoints.choose(Path(args.load), step, args.ckpt_format).remarks
+        found += checkpoints.choose(Path(args.load), step, args.ckpt_format).warnings
     return found
 
 

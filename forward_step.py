@@ -16,10 +16,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 from torch import Tensor, nn
 
-from data.batch import Batch, BatchStats
-from models.moe import set_trained_tokens
-from runtime.context_parallel import partition_batch
-from runtime.throughput import Throughput
+from data.batch import Batch, BatchStats, partition_batch
+from data.throughput import Throughput
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -46,8 +44,8 @@ class ForwardStep:
         batch = next(data_iterator)
         batch = partition_batch(batch, mpu.get_context_parallel_group())
         timers("batch-generator").stop()
-        # The MoE routers of the whole step read it: their auxiliary losses don't depend on the share of trained tokens.
-        set_trained_tokens(batch.stats.mean_trained_tokens)
+        # Read by the MoE routers, whose auxiliary losses then don't depend on the share of trained tokens.
+        stage.step.mean_trained_tokens = batch.stats.mean_trained_tokens
 
         output = model(**model_inputs(batch))
         report = self._rates(batch.stats, training=model.training) if stage.post_process else {}

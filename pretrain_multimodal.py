@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import arguments
 from models import MODEL_REGISTRY, ModelSpec
+from runtime import prepare, quiet_libraries
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -59,27 +60,32 @@ def model_provider(
 
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says; `argv` defaults to `sys.argv[1:]`."""
-    args = arguments.parse(sys.argv[1:] if argv is None else argv)
+    # First, since a refusal shouldn't cost the import of torch and megatron.
+    command_line = arguments.preflight_or_exit(sys.argv[1:] if argv is None else argv, with_weights=True)
+    quiet_libraries()
+    prepared = prepare()
+    args = arguments.parse(command_line)
     spec = MODEL_REGISTRY[args.model_arch]
 
-    # After the arguments: a refusal shouldn't cost this import.
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from data import DATASET_PROVIDERS
     from data.loader import dataset_provider
     from forward_step import ForwardStep
     from runtime import checkpoints
-    from runtime.hf_ranks import HfExporter, load_hf
     from runtime.model_builder import ProvidedModelConfig
-    from runtime.outputs import HfOrigin, draw_losses, write_arguments, write_hf_folder
+    from runtime.outputs import draw_losses, write_arguments
+    from weights.job import HfExporter, load_hf
+    from weights.origin import HfOrigin, write_hf_folder
 
-    processor = spec.dataset_providers[args.dataset_provider].processor(args)
+    processor = DATASET_PROVIDERS[args.dataset_provider].processor(args, spec.hf_config(args))
     origin = HfOrigin.of(args)
     if args.rank == 0 and args.save:
-        write_arguments(args, Path(args.save) / "arguments.json")
+        write_arguments(args, prepared, Path(args.save) / "arguments.json")
         write_hf_folder(Path(args.save) / "hf", spec.hf_config(args), processor, origin, with_record=True)
     exporter = HfExporter(
         args,
@@ -91,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     if args.rank == 0 and args.load:
-        checkpoints.mend_tracker(Path(args.load), args.ckpt_format)
+        checkpoints.repair_tracker(Path(args.load), args.ckpt_format)
 
     # Plain python, without torchrun's rendezvous: one rank needs no port.
     store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()

@@ -26,16 +26,17 @@ Torch-free to import: the launcher's preflight lists the names, and the function
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from data.conversation import Split
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from data.pack import SampleDataset
     from models.spec import ModelInputs
-
-Split = Literal["train", "validation", "test"]
 
 
 class BuildDataset(Protocol):
@@ -58,13 +59,17 @@ class DatasetProvider:
     needs_processor: bool
     build: BuildDataset
 
-    def processor(self, args: Namespace) -> ProcessorMixin | None:
-        """The processor that the samples are made with: `--hf-processor-path`'s, or the one built in the repo."""
+    def processor(self, args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin | None:
+        """The processor that the samples are made with: `--hf-processor-path`'s, or the one built in the repo.
+
+        Args:
+            config: the model's `config.json` (`ModelSpec.hf_config`).
+        """
         if not self.needs_processor:
             return None
         from data.processor import load_processor
 
-        return load_processor(args)
+        return load_processor(args, config)
 
 
 def _mock(args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs) -> SampleDataset:
@@ -84,7 +89,7 @@ def _ragged(
 def _receipts(
     args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs
 ) -> SampleDataset:
-    from data.receipts import build
+    from data.receipts.dataset import build
 
     return build(args, split, processor, model_inputs)
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from data.pack import Pack
+from models.context_parallel import partition_index
 from models.spec import BatchShape, ModelInputs
-from runtime.context_parallel import partition_images
 
 if TYPE_CHECKING:
     from data.sample import Sample
@@ -132,7 +133,7 @@ def collate(
         cu_seqlens = None
     rows = 1 if packed else len(samples)
 
-    def lay_out(parts: list[Tensor], fill: int) -> Tensor:
+    def pad_and_concat(parts: list[Tensor], fill: int) -> Tensor:
         """[..., L] of each document -> [..., B, S], padded."""
         grown = [
             torch.nn.functional.pad(part, (0, length - part.size(-1)), value=fill)
@@ -142,17 +143,17 @@ def collate(
 
     positions = [model_inputs.position_ids(sample.input_ids, sample.grid_thw) for sample in samples]
     real_tokens = [torch.ones(length, dtype=torch.bool) for length in lengths]
-    input_ids = lay_out([sample.input_ids for sample in samples], pad_token_id)
-    loss_mask = lay_out([sample.trained[1:] for sample in samples], False)
+    input_ids = pad_and_concat([sample.input_ids for sample in samples], pad_token_id)
+    loss_mask = pad_and_concat([sample.trained[1:] for sample in samples], False)
     grid_thw = torch.cat([sample.grid_thw for sample in samples])
     images = _Images.of(grid_thw, model_inputs, vision_ranks)
     return Batch(
         input_ids=input_ids,
-        labels=lay_out([sample.input_ids[1:] for sample in samples], pad_token_id),
+        labels=pad_and_concat([sample.input_ids[1:] for sample in samples], pad_token_id),
         loss_mask=loss_mask.float(),
-        padding_mask=~lay_out(real_tokens, False),
-        position_ids=lay_out(positions, 0),
-        vision_index=_vision_index(lay_out(_placeholders(samples, model_inputs), False), images.feature_index()),
+        padding_mask=~pad_and_concat(real_tokens, False),
+        position_ids=pad_and_concat(positions, 0),
+        vision_index=_vision_index(pad_and_concat(_placeholders(samples, model_inputs), False), images.feature_index()),
         cu_seqlens=cu_seqlens,
         max_seqlen=max(padded),
         vision=_vision(samples, images, model_inputs, dtype) if with_vision else None,
@@ -202,6 +203,31 @@ def _vision_index(placeholders: Tensor, feature_index: Tensor) -> Tensor:
     index = torch.full(placeholders.shape, -1)
     index[placeholders] = feature_index
     return index
+
+
+def partition_images(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Spread images over context-parallel ranks: the costliest first, each to the rank with the least so far.
+
+    It doesn't matter who holds their tokens: each image is encoded once, and the ranks' features are gathered
+    (`models.base.gather_features`).
+
+
+    The costliest rank gets at most 4/3 - 1/(3 * ranks) of what the best spread gives it (Graham, "Bounds on
+    multiprocessing timing anomalies", 1969). Computed alike everywhere, so that no rank has to be told.
+
+    Args:
+        costs: of each image, in any unit.
+
+    Returns:
+        The images of each rank, in ascending order; some may have none.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for image in sorted(range(len(costs)), key=lambda image: -costs[image]):
+        rank = min(range(ranks), key=lambda rank: (loads[rank], len(shares[rank])))
+        loads[rank] += costs[image]
+        shares[rank].append(image)
+    return [sorted(share) for share in shares]
 
 
 @dataclass(frozen=True)
@@ -265,6 +291,40 @@ def _vision(
             pixel_values = torch.zeros(merge * merge, model_inputs.patch_dim, dtype=dtype)
         of_ranks.append({"pixel_values": pixel_values, **model_inputs.vision_inputs(grid_thw)})
     return tuple(of_ranks)
+
+
+def partition_batch(batch: Batch, cp_group: ProcessGroup) -> Batch:
+    """This rank's tokens of a batch, and its images where they are shared.
+
+    cu_seqlens and the statistics stay the whole batch's.
+
+    Raises:
+        ValueError: the images are shared by another number of ranks, or the tokens can't be cut.
+    """
+    vision = batch.vision
+    if vision is not None and batch.feature_rows is not None:
+        if len(vision) != cp_group.size():
+            raise ValueError(f"images shared by {len(vision)} ranks in a context-parallel group of {cp_group.size()}")
+        vision = (vision[cp_group.rank()],)
+    if cp_group.size() == 1:
+        return batch
+    index = partition_index(
+        cp_group.rank(),
+        cp_group.size(),
+        length=batch.input_ids.size(-1),
+        cu_seqlens=batch.cu_seqlens,
+        device=batch.input_ids.device,
+    )
+    return replace(
+        batch,
+        input_ids=batch.input_ids.index_select(-1, index),
+        labels=batch.labels.index_select(-1, index),
+        loss_mask=batch.loss_mask.index_select(-1, index),
+        padding_mask=batch.padding_mask.index_select(-1, index),
+        position_ids=batch.position_ids.index_select(-1, index),
+        vision_index=batch.vision_index.index_select(-1, index),
+        vision=vision,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """What a dataset hands over: a conversation in the chat format of HuggingFace's templates, with a name.
 
-A dataset is anything with `__len__` and `__getitem__(index) -> Conversation`; see `data/receipts.py` and
+A dataset is anything with `__len__` and `__getitem__(index) -> Conversation`; see `data/receipts/dataset.py` and
 `data/cord_v2.py` for two of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+Split = Literal["train", "validation", "test"]
 
 # {"role": "system" | "user" | "assistant", "content": text or a list of parts}, where a part is
 # {"type": "text", "text": str} or {"type": "image", "image": PIL image or path}.

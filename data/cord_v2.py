@@ -6,7 +6,6 @@ One question per image, "Describe this image.", answered by the parse as a token
 
 from __future__ import annotations
 
-import io
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -14,11 +13,10 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from PIL import Image
 
-from data import Split
-from data.conversation import Conversation
+from data.conversation import Conversation, Split
 from data.dataset import ConversationDataset
+from data.images import image_of
 from data.sample import SampleOptions
 
 if TYPE_CHECKING:
@@ -100,22 +98,6 @@ def json_to_tokens(content: Any) -> str:
     if isinstance(content, list):
         return "<sep/>".join(json_to_tokens(entry) for entry in content)
     return str(content)
-
-
-def image_of(cell: dict[str, Any] | None, where: str) -> Image.Image:
-    """The image of an undecoded cell of an image column; its header is read, its pixels aren't decoded.
-
-    Raises:
-        ValueError: no image in the cell.
-    """
-    try:
-        if cell is not None and cell["bytes"] is not None:
-            return Image.open(io.BytesIO(cell["bytes"]))
-        if cell is not None and cell["path"] is not None:
-            return Image.open(cell["path"])
-    except OSError as error:
-        raise ValueError(f"{where}, key 'image': {error}") from error
-    raise ValueError(f"{where}, key 'image': it is empty")
 
 
 def _read(path: str, split: str) -> datasets.Dataset:

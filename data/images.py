@@ -5,6 +5,7 @@ Shape letters: P patches, I images, D values of a patch (channels * temporal * p
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,22 @@ def process_images(
     fetched, _ = process_vision_info([{"role": "user", "content": parts}], image_patch_size=image_processor.patch_size)
     features = image_processor(fetched, do_resize=False, return_tensors="pt")
     return features["pixel_values"].to(dtype), features["image_grid_thw"].to(torch.int64)
+
+
+def image_of(cell: dict[str, Any] | None, where: str) -> Image.Image:
+    """The image of an undecoded cell of an image column; its header is read, its pixels aren't decoded.
+
+    Raises:
+        ValueError: no image in the cell.
+    """
+    try:
+        if cell is not None and cell["bytes"] is not None:
+            return Image.open(io.BytesIO(cell["bytes"]))
+        if cell is not None and cell["path"] is not None:
+            return Image.open(cell["path"])
+    except OSError as error:
+        raise ValueError(f"{where}, key 'image': {error}") from error
+    raise ValueError(f"{where}, key 'image': it is empty")
 
 
 def patch_dim(image_processor: ImageProcessor) -> int:

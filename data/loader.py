@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data import Split
+from data import DATASET_PROVIDERS
 from data.batch import Batch, CollatePacks, FlatBatch, collate, flatten, unflatten
+from data.conversation import Split
 from data.pack import IndexedPacks, PackPlan, SampleDataset, Sizes, measure
+from models.context_parallel import document_alignment
 from runtime import checkpoints
-from runtime.context_parallel import document_alignment
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -303,7 +304,7 @@ def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin |
     )
 
     def split(name: Split, micro_batch_size: int, global_batch_size: int) -> BatchReader:
-        build = partial(spec.dataset_providers[args.dataset_provider].build, args, name, processor, model_inputs)
+        build = partial(DATASET_PROVIDERS[args.dataset_provider].build, args, name, processor, model_inputs)
         dataset, sizes = _build_dataset(build, args.num_workers)
         source = _pack_source(dataset if with_vision else dataset.without_pixels(), sizes, args)
         return BatchReader(

@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from data import Split
+from data.conversation import Split
 from data.pack import SampleSize
 from data.sample import Sample
 from models.spec import ModelInputs

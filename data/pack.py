@@ -161,15 +161,15 @@ def _cache_file(dataset: SampleDataset) -> Path | None:
 
 def _read_sizes(path: Path) -> Sizes:
     with np.load(path, allow_pickle=False) as file:
-        remarks = json.loads(str(file["remarks"]))
-        return Sizes(file["tokens"], file["patches"], file["trained"], remarks["dropped"], remarks["changed"])
+        warnings = json.loads(str(file["warnings"]))
+        return Sizes(file["tokens"], file["patches"], file["trained"], warnings["dropped"], warnings["changed"])
 
 
 def _write_sizes(path: Path, sizes: Sizes) -> None:
-    remarks = json.dumps({"dropped": sizes.dropped, "changed": sizes.changed})
+    warnings = json.dumps({"dropped": sizes.dropped, "changed": sizes.changed})
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
     with os.fdopen(handle, "wb") as file:
-        np.savez(file, tokens=sizes.tokens, patches=sizes.patches, trained=sizes.trained, remarks=np.array(remarks))
+        np.savez(file, tokens=sizes.tokens, patches=sizes.patches, trained=sizes.trained, warnings=np.array(warnings))
     os.replace(temporary, path)  # a reader never sees half a file
 
 

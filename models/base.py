@@ -16,6 +16,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from models.common.moe import share_step
+
 
 def merge_features(text: Tensor, features: Tensor, vision_index: Tensor) -> Tensor:
     """Put vision features in the place of their placeholders' embeddings.
@@ -83,6 +85,8 @@ class MultimodalModel(MegatronModule):
         self.vision_model = vision_model
         self.language_model = language_model
         self.pg_collection = pg_collection
+        # Written by the forward step, read by the MoE routers.
+        self.step = share_step(self)
         # Read by Megatron's schedules, checkpointing and gradient finalisation through the wrapper.
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process

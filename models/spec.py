@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
     from torch import Tensor, nn
 
-    from data import DatasetProvider
     from models.base import MultimodalModel
-    from models.weight_map import Place, WeightMap
+    from models.weight_map import CheckpointSlice, WeightMap
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ class HfWeights:
     mismatches: resolved flags and a folder's config -> where they disagree, each with both values.
     mapping: a config and the names of a folder's tensors (none: as the released folders store them) -> the table.
     parameters: a config and a model stage of this rank -> its parameters by canonical name.
-    places: a config and its table -> where a `torch_dist` checkpoint keeps each canonical parameter.
-    fsdp_places: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
+    checkpoint_slices: a config and its table -> where a `torch_dist` checkpoint keeps each canonical parameter.
+    fsdp_checkpoint_slices: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
     dtype: a tensor's name -> its dtype in released folders, as safetensors spells it.
     vocab_size: a config -> rows of the embedding.
     """
@@ -90,8 +89,8 @@ class HfWeights:
     mismatches: Callable[[Namespace, Mapping[str, Any]], list[str]]
     mapping: Callable[[Mapping[str, Any], Iterable[str]], WeightMap]
     parameters: Callable[[Mapping[str, Any], nn.Module], Iterator[tuple[str, nn.Parameter]]]
-    places: Callable[[Mapping[str, Any], WeightMap], Mapping[str, tuple[Place, ...]]]
-    fsdp_places: Callable[[Mapping[str, Any], WeightMap], Mapping[str, list[tuple[Place, ...]]]]
+    checkpoint_slices: Callable[[Mapping[str, Any], WeightMap], Mapping[str, tuple[CheckpointSlice, ...]]]
+    fsdp_checkpoint_slices: Callable[[Mapping[str, Any], WeightMap], Mapping[str, list[tuple[CheckpointSlice, ...]]]]
     dtype: Callable[[str], str]
     vocab_size: Callable[[Mapping[str, Any]], int]
 
@@ -110,7 +109,6 @@ class ModelSpec:
     language_post_config: last word on the decoder's config, for what no Megatron flag can say.
     build_model: builds one pipeline stage.
     model_inputs: arguments -> what the loader's workers compute for this model, FLOPs included.
-    dataset_providers: names that `--dataset-provider` takes.
     hf_weights: HuggingFace weights in and out; None refuses `--load-hf` and `--save-hf`.
     """
 
@@ -124,5 +122,4 @@ class ModelSpec:
     language_post_config: Callable[[Namespace, TransformerConfig], TransformerConfig]
     build_model: BuildModel
     model_inputs: Callable[[Namespace], ModelInputs]
-    dataset_providers: Mapping[str, DatasetProvider]
     hf_weights: HfWeights | None = None

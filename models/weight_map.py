@@ -37,7 +37,7 @@ class Sliceable(Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRange:
     """`count` consecutive rows (columns, where the parameter is cut by columns) of one foreign tensor."""
 
     name: str
@@ -61,14 +61,14 @@ class Source:
     """
 
     shape: tuple[int, ...]
-    parts: tuple[tuple[Run, ...], ...]
+    parts: tuple[tuple[RowRange, ...], ...]
     dim: int = 0
     sharded: bool = True
     is_expert: bool = False
     foreign_tail: tuple[int, ...] | None = None
 
     @property
-    def runs(self) -> Iterator[Run]:
+    def row_ranges(self) -> Iterator[RowRange]:
         return (run for part in self.parts for run in part)
 
 
@@ -102,14 +102,14 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """A region that a foreign tensor and a rank's share of a parameter have in common."""
 
     name: str
     foreign_index: tuple[slice | int, ...]
     index: tuple[slice, ...]
 
-    def within(self, dim: int, low: int, high: int) -> Piece | None:
+    def within(self, dim: int, low: int, high: int) -> TensorSlice | None:
         """What of it lies in `low:high` of the share's dimension `dim`, counted from `low`; None if nothing does."""
         stacked = len(self.foreign_index) - len(self.index)
         padding = (slice(None),) * (dim + 1 - len(self.index))
@@ -123,11 +123,11 @@ class Piece:
             return None
         index[dim] = slice(first - low, last - low)
         foreign[dim + stacked] = slice(start, start + last - first)
-        return Piece(self.name, tuple(foreign), tuple(index))
+        return TensorSlice(self.name, tuple(foreign), tuple(index))
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointSlice:
     """Where a checkpoint keeps rows (columns, by the source's `dim`) `start:start + count` of a parameter.
 
     key: the checkpoint's tensor, which is the whole model's.
@@ -143,7 +143,7 @@ class Place:
     offset: int = 0
 
 
-def pieces(source: Source, rank: int, size: int) -> Iterator[Piece]:
+def tensor_slices(source: Source, rank: int, size: int) -> Iterator[TensorSlice]:
     """The regions of which one rank's share consists, in its own order."""
     before = (slice(None),) * source.dim
     filled = 0
@@ -156,7 +156,7 @@ def pieces(source: Source, rank: int, size: int) -> Iterator[Piece]:
             if first < last:
                 start = run.start + first - position
                 expert = () if run.expert is None else (run.expert,)
-                yield Piece(
+                yield TensorSlice(
                     run.name,
                     (*expert, *before, slice(start, start + last - first)),
                     (*before, slice(filled, filled + last - first)),
@@ -214,7 +214,7 @@ def _foreign_shapes(sources: Mapping[str, Source]) -> dict[str, tuple[int, ...]]
     reach: dict[str, tuple[int, int]] = {}  # extent along the cut dimension, stacked experts
     users: dict[str, Source] = {}
     for source in sources.values():
-        for run in source.runs:
+        for run in source.row_ranges:
             extent, experts = reach.get(run.name, (0, 0))
             stacked = 0 if run.expert is None else run.expert + 1
             reach[run.name] = max(extent, run.start + run.count), max(experts, stacked)
@@ -230,7 +230,7 @@ def _foreign_shapes(sources: Mapping[str, Source]) -> dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalShard:
     """What a rank has of a parameter: all that tensor parallelism gives it, or some rows of that (FSDP).
 
     shape: the whole share's.
@@ -241,18 +241,18 @@ class Held:
     tensor: Tensor
     first_row: int = 0
 
-    def pieces(self, of_share: Iterable[Piece]) -> list[Piece]:
+    def tensor_slices(self, of_shard: Iterable[TensorSlice]) -> list[TensorSlice]:
         """Pieces of the whole share -> of the held rows."""
         rows = self.tensor.shape[0]
         if rows == self.shape[0]:
-            return list(of_share)
-        kept = (piece.within(0, self.first_row, self.first_row + rows) for piece in of_share)
+            return list(of_shard)
+        kept = (piece.within(0, self.first_row, self.first_row + rows) for piece in of_shard)
         return [piece for piece in kept if piece is not None]
 
 
-def whole(parameter: nn.Parameter) -> Held:
+def whole(parameter: nn.Parameter) -> LocalShard:
     """A parameter that isn't sharded over data-parallel ranks."""
-    return Held(tuple(parameter.shape), parameter.detach())
+    return LocalShard(tuple(parameter.shape), parameter.detach())
 
 
 def plan(
@@ -260,8 +260,8 @@ def plan(
     parameters: Iterable[tuple[str, nn.Parameter]],
     rank: Rank,
     problems: list[str],
-    held: Callable[[nn.Parameter], Held] = whole,
-) -> list[tuple[str, nn.Parameter, Tensor, list[Piece]]]:
+    local_shard: Callable[[nn.Parameter], LocalShard] = whole,
+) -> list[tuple[str, nn.Parameter, Tensor, list[TensorSlice]]]:
     """A rank's parameters, by canonical name, each with what is held of it and the pieces of that.
 
     What doesn't fit is added to `problems`.
@@ -275,11 +275,11 @@ def plan(
         group_rank, group_size = rank.cut(source)
         shape = list(source.shape)
         shape[source.dim] //= group_size
-        own = held(parameter)
+        own = local_shard(parameter)
         if own.shape != tuple(shape):
             problems.append(f"{name}: the model has shape {own.shape}, expected {tuple(shape)}")
             continue
-        planned.append((name, parameter, own.tensor, own.pieces(pieces(source, group_rank, group_size))))
+        planned.append((name, parameter, own.tensor, own.tensor_slices(tensor_slices(source, group_rank, group_size))))
     return planned
 
 
@@ -288,7 +288,7 @@ def fill(
     parameters: Iterable[tuple[str, nn.Parameter]],
     rank: Rank,
     state: Mapping[str, Sliceable],
-    held: Callable[[nn.Parameter], Held] = whole,
+    local_shard: Callable[[nn.Parameter], LocalShard] = whole,
 ) -> None:
     """Copy into a rank's parameters the slices that it owns, cast to each parameter's dtype.
 
@@ -299,7 +299,7 @@ def fill(
         WeightMismatch: before anything is written: tensors missing, unknown or misshapen, parameters without source.
     """
     problems = mapping.check({name: tuple(tensor.shape) for name, tensor in state.items()})
-    planned = plan(mapping, parameters, rank, problems, held)
+    planned = plan(mapping, parameters, rank, problems, local_shard)
     if problems:
         raise WeightMismatch(problems)
     for _, _, tensor, cut in planned:
@@ -313,7 +313,7 @@ def shares(
     parameters: Iterable[tuple[str, nn.Parameter]],
     rank: Rank,
     value: Callable[[nn.Parameter], Tensor] | None = None,
-) -> Iterator[tuple[Piece, Tensor]]:
+) -> Iterator[tuple[TensorSlice, Tensor]]:
     """A rank's share of the foreign tensors, parameter by parameter; `value` says what of a parameter is meant, if not
     the parameter itself.
 
@@ -331,11 +331,11 @@ def shares(
             yield piece, tensor[piece.index]
 
 
-def assemble(mapping: WeightMap, pieces_of_ranks: Iterable[tuple[Piece, Tensor]]) -> dict[str, Tensor]:
+def assemble(mapping: WeightMap, slices_of_ranks: Iterable[tuple[TensorSlice, Tensor]]) -> dict[str, Tensor]:
     """All foreign tensors of a mapping, from the shares of one rank or of several together.
 
     Args:
-        pieces_of_ranks: see `shares`; replicas may repeat a piece.
+        slices_of_ranks: see `shares`; replicas may repeat a piece.
 
     Raises:
         WeightMismatch: tensors that the pieces don't cover.
@@ -345,7 +345,7 @@ def assemble(mapping: WeightMap, pieces_of_ranks: Iterable[tuple[Piece, Tensor]]
     state: dict[str, Tensor] = {}
     seen: set[tuple[str, str]] = set()
     covered = dict.fromkeys(mapping.tensors, 0)
-    for piece, values in pieces_of_ranks:
+    for piece, values in slices_of_ranks:
         name, region = piece.name, str(piece.foreign_index)
         if name not in state:
             state[name] = torch.empty(mapping.tensors[name], dtype=values.dtype, device=values.device)

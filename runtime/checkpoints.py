@@ -14,13 +14,14 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from runtime.files import write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # a converted checkpoint, which belongs to no iteration
@@ -36,13 +37,13 @@ class Start:
     Attributes:
         folder: the checkpoint's; None: there is none, training starts anew.
         step: what `--ckpt-step` has to be for megatron to take it; None: the tracker says so already.
-        remarks: for the log: what is taken instead of what, and why.
+        warnings: for the log: what is taken instead of what, and why.
         problem: why nothing can be taken, with the fix; None: all is well.
     """
 
     folder: Path | None = None
     step: int | None = None
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     problem: str | None = None
 
 
@@ -89,31 +90,31 @@ def choose(load: Path, step: int | None, ckpt_format: str) -> Start:
         return Start(load / RELEASE)
     if tracked in complete:
         newer = (n for n in found if n > tracked)
-        remarks = (
+        warnings = (
             f"{found[n]} isn't taken: "
             + (_lacks(found[n], ckpt_format) or f"{tracker} doesn't name it (--ckpt-step {n} takes it)")
             for n in newer
         )
-        return Start(found[tracked], remarks=_starting(found[tracked], remarks))
+        return Start(found[tracked], warnings=_starting(found[tracked], warnings))
     if tracked is not None:
         reason = f"{tracker} names {tracked}, but {_lacks(load / folder_name(tracked), ckpt_format)}"
     else:
         reason = f"{tracker} {'is empty or corrupt' if tracker.exists() else 'is missing'}"
-    remarks = [f"{folder} isn't taken: {lack}" for folder in found.values() if (lack := _lacks(folder, ckpt_format))]
+    warnings = [f"{folder} isn't taken: {lack}" for folder in found.values() if (lack := _lacks(folder, ckpt_format))]
     if not complete:
         if not found and not tracker.exists():
             return Start()
         if tracked is not None or tracker.exists():
             return Start(problem=f"--load {load}: {reason}; no checkpoint in it is complete")
-        return Start(remarks=(*remarks, f"no checkpoint in {load} is complete: training starts anew"))
+        return Start(warnings=(*warnings, f"no checkpoint in {load} is complete: training starts anew"))
     last = complete[-1]
-    return Start(found[last], step=last, remarks=_starting(found[last], [reason, *remarks]))
+    return Start(found[last], step=last, warnings=_starting(found[last], [reason, *warnings]))
 
 
-def _starting(folder: Path, remarks: Any) -> tuple[str, ...]:
+def _starting(folder: Path, warnings: Any) -> tuple[str, ...]:
     """What is said: nothing when the newest is taken, as always."""
-    remarks = tuple(remarks)
-    return (f"starting from {folder}", *remarks) if remarks else ()
+    warnings = tuple(warnings)
+    return (f"starting from {folder}", *warnings) if warnings else ()
 
 
 def damage(folder: Path, ckpt_format: str) -> str | None:
@@ -175,7 +176,7 @@ def read_tracker(folder: Path) -> int | str | None:
     return RELEASE if text == RELEASE else int(text) if re.fullmatch(r"[0-9]+", text) else None
 
 
-def mend_tracker(load: Path, ckpt_format: str) -> None:
+def repair_tracker(load: Path, ckpt_format: str) -> None:
     """Write a corrupt tracker anew, over which megatron would stop without an error.
 
     Raises:
@@ -266,11 +267,7 @@ def _write_tracker(folder: Path, iteration: int | None) -> None:
     if iteration is None:
         (folder / TRACKER).unlink(missing_ok=True)
         return
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=TRACKER)
-    with os.fdopen(handle, "w") as file:
-        file.write(str(iteration))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, folder / TRACKER)
+    write_text(folder / TRACKER, str(iteration))
 
 
 class _Record:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 from megatron.training.models.base import ModelBuilder, ModelConfig, compose_hooks
 from torch import nn
 
@@ -50,3 +52,8 @@ class ProvidedModelBuilder(ModelBuilder):
             config.provider, ModelType.encoder_or_decoder, wrap_with_ddp=wrap_with_ddp, pg_collection=pg_collection
         )
         return compose_hooks(config.post_wrap_hooks)(stages)
+
+
+def unwrapped(chunk: nn.Module) -> nn.Module:
+    """The model in its wrappers. megatron-core's `unwrap_model` stops before the last one of Megatron-FSDP's two."""
+    return unwrap_model(chunk.module.module if isinstance(chunk, FullyShardedDataParallel) else chunk)

@@ -52,12 +52,15 @@ def evaluate(checkpoint: Path) -> None:
     import torch
 
     import arguments
+    from data import DATASET_PROVIDERS
     from models import MODEL_REGISTRY
+    from runtime import prepare
 
     flags = ["--model-variant", "tiny", "--dataset-provider", "receipts", "--load", str(checkpoint), "--finetune"]
     flags += ["--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint", "--use-packed-sequence"]
     flags += ["--micro-batch-size", "1", "--seq-length", str(SEQ_LEN), "--train-iters", "1", "--lr", "0"]
-    args = arguments.parse(flags)
+    prepare()
+    args = arguments.parse(arguments.preflight_or_exit(flags))
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import get_model
@@ -70,8 +73,8 @@ def evaluate(checkpoint: Path) -> None:
     model = get_model(partial(model_provider, spec, args), wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     model = model[0].eval()
-    test = spec.dataset_providers["receipts"]
-    processor = test.processor(args)
+    test = DATASET_PROVIDERS["receipts"]
+    processor = test.processor(args, spec.hf_config(args))
     inputs = spec.model_inputs(args)
     dataset = test.build(args, "test", processor, inputs)
     losses = {

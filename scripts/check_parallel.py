@@ -31,7 +31,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import arguments
-from runtime.layouts import INITIAL, SWITCHES, Job, Layout, parse_layout, run_rank
+from proofs.layouts import INITIAL, SWITCHES, Job, Layout, parse_layout
+from proofs.rank import run_rank
 from runtime.machine import count_gpus, detect
 
 # Worst relative error of a gradient by precision: in float64 rounding alone, in the others what it grows to.
@@ -112,7 +113,7 @@ class Comparison:
         return 1 if layout.world_size == 1 else self.args.nnodes
 
     def run(self, layout: Layout, reference: Path) -> dict[str, Any]:
-        """Run one layout; a `runtime.layout_run.Result` as a dictionary, with what TensorBoard recorded.
+        """Run one layout; a `proofs.run.Result` as a dictionary, with what TensorBoard recorded.
 
         Raises:
             ChildFailedError: a rank failed; the message holds its traceback.
@@ -161,7 +162,7 @@ def main() -> None:
     if problems:
         _refuse(problems)
     # Read when its first rank starts.
-    multiprocessing.set_forkserver_preload(["runtime.layout_run"])
+    multiprocessing.set_forkserver_preload(["proofs.run"])
     os.environ["OMP_NUM_THREADS"] = "1"  # while it starts; a rank takes its share of the cores
     if args.dtype == "float32":
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine's router product would round to 10 bits

@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime import quiet_libraries
+
 if TYPE_CHECKING:
     from data.dataset import ConversationDataset
-    from data.fields import FieldScore, Scores
     from data.sample import Sample
-    from runtime.hf_model import Answer, HfModel
+    from evaluation.fields import FieldScore, Scores
+    from evaluation.model import Answer, HfModel
 
 TIMES = 2.0  # the guess: fields whose interval lies above are named
 
@@ -51,9 +53,10 @@ def read_arguments() -> Namespace:
 
 def main() -> None:
     args = read_arguments()
-    from data.fields import majorities, score
+    quiet_libraries()
     from data.sample import message_text
-    from runtime.hf_model import HfModel, weights_folder
+    from evaluation.fields import majorities, score
+    from evaluation.model import HfModel, weights_folder
 
     try:
         with weights_folder(args.load) as folder:

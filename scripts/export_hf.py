@@ -20,8 +20,8 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="Size of a safetensors file at most, 5GB or 300MB")
     args = parser.parse_args()
 
-    from runtime.hf_checkpoint import export_checkpoint
-    from runtime.hf_folder import parse_size
+    from weights.checkpoint import export_checkpoint
+    from weights.folder import parse_size
 
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no ranks are meant to be here
     # As Ctrl-C: the unfinished folder is removed.

@@ -24,9 +24,12 @@ def main() -> None:
     if args.max_new_tokens < 1 or args.temperature < 0:
         parser.error("--max-new-tokens must be at least 1, --temperature at least 0")
 
+    from runtime import quiet_libraries
+
+    quiet_libraries()
     import torch
 
-    from runtime.hf_model import HfModel, weights_folder
+    from evaluation.model import HfModel, weights_folder
 
     torch.manual_seed(args.seed)
     try:

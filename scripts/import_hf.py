@@ -27,8 +27,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from runtime.hf_check import local_folder
-    from runtime.hf_checkpoint import import_folder
+    from weights.check import local_folder
+    from weights.checkpoint import import_folder
 
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no ranks are meant to be here
     # As Ctrl-C: the unfinished checkpoint is removed.

@@ -71,12 +71,12 @@ def build_decoder(architecture: Qwen35VLConfig, dtype: torch.dtype = torch.float
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from models.backends import get_backend
-    from models.qwen35_vl.gpt import Qwen35GPTModel
+    from models.common.gpt import MultimodalGPTModel
     from models.qwen35_vl.specs import decoder_block_spec, mtp_block_spec
 
     config = decoder_config(architecture, dtype, **changes)
     backend = get_backend(config.transformer_impl)
-    return Qwen35GPTModel(
+    return MultimodalGPTModel(
         config=config,
         transformer_layer_spec=decoder_block_spec(config, backend),
         mtp_block_spec=mtp_block_spec(config, backend),
@@ -91,7 +91,7 @@ def build_decoder(architecture: Qwen35VLConfig, dtype: torch.dtype = torch.float
     )
 
 
-def roughen(module: torch.nn.Module, seed: int = 0) -> None:
+def perturb(module: torch.nn.Module, seed: int = 0) -> None:
     """Give every parameter values from the seed that no two layouts or formulas share by accident.
 
     Fresh norms are all alike, and a fresh GatedDeltaNet forgets within a few tokens: here it remembers dozens.

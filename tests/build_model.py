@@ -23,7 +23,7 @@ def resolve_flags(architecture: Qwen35VLConfig, folder: Path, *flags: str) -> Na
 
     (folder / "config.json").write_text(json.dumps(architecture.to_hf()))
     moe = MOE_FLAGS if architecture.is_moe else ()
-    return arguments.resolve(["--hf-config", str(folder), *REQUIRED_FLAGS, *moe, *flags])
+    return arguments.resolve(arguments.preflight_or_exit(["--hf-config", str(folder), *REQUIRED_FLAGS, *moe, *flags]))
 
 
 def build_model(

@@ -26,10 +26,9 @@ def single_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     import torch
 
-    from runtime import cpu, mends
+    from runtime import prepare
 
-    cpu.enable()
-    mends.apply()
+    prepare()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

@@ -76,7 +76,7 @@ def record(variant: str, figures: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def largest_difference(golden: dict[str, Any], figures: dict[str, list[float]]) -> float:
-    """The largest relative difference of any figure; 0 when all are equal to the bit, infinite when some are missing."""
+    """The largest relative difference of any figure: 0 when all are equal to the bit, infinite when one is missing."""
     expected = {tag: [float.fromhex(value) for value in values] for tag, values in golden["steps"].items()}
     if {tag: len(values) for tag, values in expected.items()} != {tag: len(values) for tag, values in figures.items()}:
         return float("inf")
@@ -99,7 +99,9 @@ def main() -> None:
             print(f"wrote {file.relative_to(ROOT)}")
         else:
             difference = largest_difference(json.loads(file.read_text()), figures)
-            print(f"{variant}: largest relative difference {difference:.1e}{'' if difference else ' (equal to the bit)'}")
+            print(
+                f"{variant}: largest relative difference {difference:.1e}{'' if difference else ' (equal to the bit)'}"
+            )
 
 
 if __name__ == "__main__":

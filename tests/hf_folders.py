@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.qwen35_vl.configuration import Qwen35VLConfig
-from models.qwen35_vl.hf_weights import HfLayout, default_dtype, weight_map
+from models.qwen35_vl.hf_weights import ExpertStorage, default_dtype, weight_map
 
 INDEX = "model.safetensors.index.json"
 
 
-def random_tensors(architecture: Qwen35VLConfig, layout: HfLayout | None = None, seed: int = 0) -> dict[str, Tensor]:
+def random_tensors(
+    architecture: Qwen35VLConfig, layout: ExpertStorage | None = None, seed: int = 0
+) -> dict[str, Tensor]:
     """All tensors of a folder, in released folders' dtypes; small enough to train with."""
     generator = torch.Generator().manual_seed(seed)
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}

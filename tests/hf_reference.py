@@ -11,8 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from evaluation.model import without_gpu_kernels
 from models.qwen35_vl.configuration import Qwen35VLConfig
-from runtime.hf_model import without_gpu_kernels
 
 with without_gpu_kernels():
     from transformers import Qwen3_5Config, Qwen3_5MoeConfig

@@ -1,9 +1,8 @@
 """What ranks need and takes long to import; see `tests.ranks`."""
 
-from runtime import cpu, mends
+from runtime import prepare
 
-cpu.enable()
-mends.apply()
+prepare()
 
 import megatron.training  # noqa: E402, F401
 

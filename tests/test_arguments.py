@@ -29,17 +29,16 @@ def one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def megatron_parser() -> ArgumentParser:
-    from runtime import cpu, mends
+    from runtime import prepare
 
-    cpu.enable()
-    mends.apply()
+    prepare()
     from megatron.training.arguments import add_megatron_arguments
 
     return add_megatron_arguments(ArgumentParser(allow_abbrev=False))
 
 
 def resolve(*flags: str) -> Namespace:
-    return arguments.resolve([*BASE, *flags])
+    return arguments.resolve(arguments.preflight_or_exit([*BASE, *flags], with_weights=True))
 
 
 def test_importing_arguments_is_light() -> None:

@@ -62,7 +62,7 @@ class KilledRun:
             assert new[0].iteration == (int(start.folder.name[5:]) if start.folder else 0) + 1
         log = self.log()[logged:]
         if "saving checkpoint at iteration" in log:
-            assert all(f"notice: {remark}" in log for remark in start.remarks)
+            assert all(f"notice: {remark}" in log for remark in start.warnings)
         return result
 
     def log(self) -> str:
@@ -125,7 +125,7 @@ def test_killed_again_and_again(
             before = checkpoints.read_tracker(run.save)
             if run.go_on(kill_after=random.uniform(0, reach)).codes == [None] * ranks:
                 kills += 1
-                saving += any("isn't taken" in r for r in checkpoints.choose(run.save, None, "torch_dist").remarks)
+                saving += any("isn't taken" in r for r in checkpoints.choose(run.save, None, "torch_dist").warnings)
                 # However fast the machine is, some kills come before a checkpoint and some after several.
                 reach *= 1.5 if checkpoints.read_tracker(run.save) == before else 0.8
             assert kills < 100, "it doesn't get on"

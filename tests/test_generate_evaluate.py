@@ -12,10 +12,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from data import receipts
 from data.cord_v2 import CordV2
+from data.receipts import dataset as receipts
+from evaluation.model import Answer, HfModel
 from models.qwen35_vl.configuration import VARIANTS
-from runtime.hf_model import Answer, HfModel
 from tests.trained_folder import write_trained_folder
 
 ROOT = Path(__file__).parents[1]

@@ -58,7 +58,7 @@ def value(flags: list[str], flag: str) -> str:
 def test_every_variant_parses(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     _, flags = command_of(launch(MODEL_VARIANT=variant))
-    args = arguments.resolve(flags)
+    args = arguments.resolve(arguments.preflight_or_exit(flags))
     assert Qwen35VLConfig.from_args(args) == VARIANTS[variant]
     architecture = {word for word in VARIANTS[variant].to_flags() if word.startswith("--")}
     assert not set(flags) & architecture  # no number of it in the script
@@ -74,7 +74,7 @@ def test_every_variant_builds(variant: str, single_rank: None, monkeypatch: pyte
 
     monkeypatch.setenv("WORLD_SIZE", "1")
     _, flags = command_of(launch("--init-model-with-meta-device", MODEL_VARIANT=variant, USE_FSDP="1"))
-    args = arguments.resolve(flags)
+    args = arguments.resolve(arguments.preflight_or_exit(flags))
     model = model_provider(MODEL_REGISTRY[args.model_arch], args)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert len(model.language_model.decoder.layers) == VARIANTS[variant].num_layers

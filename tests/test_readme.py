@@ -70,10 +70,9 @@ def words_after_assignments(words: list[str]) -> tuple[list[str], list[str]]:
 @cache
 def launcher_flags() -> set[str]:
     """Ours and Megatron's."""
-    from runtime import cpu, mends
+    from runtime import prepare
 
-    cpu.enable()
-    mends.apply()
+    prepare()
     from megatron.training.arguments import add_megatron_arguments
 
     from arguments import add_multimodal_args
@@ -165,7 +164,7 @@ def test_the_dataset_example_gives_samples() -> None:
     from PIL import Image
 
     from data import DATASET_PROVIDERS
-    from data.processor import build_processor
+    from data.receipts.processor import build_processor
     from models.qwen35_vl.configuration import VARIANTS
 
     example = next(block for block in blocks("python") if "DATASET_PROVIDERS[" in block)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data import DATASET_PROVIDERS
 from models import MODEL_REGISTRY, BatchShape, ModelSpec
 
 VOCABULARY = 256
@@ -103,7 +102,6 @@ TOY = ModelSpec(
     language_post_config=lambda args, config: config,
     build_model=build_toy,
     model_inputs=lambda args: ToyInputs(),
-    dataset_providers=DATASET_PROVIDERS,
 )
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     import megatron.training  # noqa: F401  before the forks
 
     import pretrain_multimodal
-    import runtime.hf_ranks  # noqa: F401
+    import weights.job  # noqa: F401
 
     for index, flags in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         # A process of its own, which has Megatron imported: process groups and globals end with it.
@@ -58,8 +58,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from runtime import cpu, mends
+    from runtime import prepare
 
-    cpu.enable()
-    mends.apply()
+    prepare()
     main()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.processor import VISION_TOKENS, build_processor
+from data.processor_files import VISION_TOKENS
+from data.receipts.processor import build_processor
 from models.qwen35_vl.configuration import Qwen35VLConfig
 from tests.hf_reference import build_hf
 

@@ -144,10 +144,9 @@ class TrainingServer:
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print isn't an answer
-    from runtime import cpu, mends
+    from runtime import prepare
 
-    cpu.enable()
-    mends.apply()
+    prepare()
     for module in IMPORTS:
         importlib.import_module(module)
     for line in sys.stdin:

@@ -13,7 +13,7 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import LayerNormBuilder, LayerNormInterface
 
-from models.backends import Backend
+from models.backends.backend import Backend
 
 
 class TEPlainRMSNorm:

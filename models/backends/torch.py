@@ -18,9 +18,9 @@ from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from torch import Tensor, nn
 
-from models.backends import Backend
+from models.backends.backend import Backend
 from models.backends.torch_attention import TorchAttention
-from models.parallel_layers import ColumnParallelLinear, RowParallelLinear
+from models.common.parallel_layers import ColumnParallelLinear, RowParallelLinear
 
 
 class _Norm(nn.Module):

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from models.backends.documents import DocumentRows, document_index
-from runtime.context_parallel import gathered_index, partition_index
+from models.context_parallel import gathered_index, partition_index
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 _FULL = (AttnMaskType.no_mask, AttnMaskType.padding)

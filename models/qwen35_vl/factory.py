@@ -7,19 +7,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data import DATASET_PROVIDERS
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
 from models.qwen35_vl.hf_weights import (
-    HfLayout,
+    ExpertStorage,
     canonical_parameters,
-    checkpoint_places,
+    checkpoint_slices,
     default_dtype,
-    fsdp_places,
+    fsdp_checkpoint_slices,
     weight_map,
 )
-from models.qwen35_vl.layout import check_layout
+from models.qwen35_vl.parallelism import check_layout
 from models.spec import HfWeights, ModelInputs, ModelSpec
-from models.weight_map import Place, WeightMap
+from models.weight_map import CheckpointSlice, WeightMap
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -43,7 +42,7 @@ def _check_kernels(args: Namespace) -> None:
     import torch
 
     from models.backends.te_attention import AttentionSizes, check_fused_attention
-    from models.qwen35_vl.gdn_kernels import GDNSizes, check_fla_gradients
+    from models.common.gdn_kernels import GDNSizes, check_fla_gradients
 
     if not torch.cuda.is_available() or args.transformer_impl == "local" or args.deterministic_mode:
         return  # torch's kernels run: they are the reference
@@ -111,19 +110,21 @@ def _hf_mismatches(args: Namespace, config: Mapping[str, Any]) -> list[str]:
 
 
 def _hf_mapping(config: Mapping[str, Any], names: Iterable[str]) -> WeightMap:
-    return weight_map(Qwen35VLConfig.from_hf(config), HfLayout.detect(names))
+    return weight_map(Qwen35VLConfig.from_hf(config), ExpertStorage.detect(names))
 
 
 def _hf_parameters(config: Mapping[str, Any], model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return canonical_parameters(model, Qwen35VLConfig.from_hf(config))
 
 
-def _checkpoint_places(config: Mapping[str, Any], mapping: WeightMap) -> dict[str, tuple[Place, ...]]:
-    return checkpoint_places(Qwen35VLConfig.from_hf(config), mapping)
+def _checkpoint_slices(config: Mapping[str, Any], mapping: WeightMap) -> dict[str, tuple[CheckpointSlice, ...]]:
+    return checkpoint_slices(Qwen35VLConfig.from_hf(config), mapping)
 
 
-def _fsdp_places(config: Mapping[str, Any], mapping: WeightMap) -> dict[str, list[tuple[Place, ...]]]:
-    return fsdp_places(Qwen35VLConfig.from_hf(config), mapping)
+def _fsdp_checkpoint_slices(
+    config: Mapping[str, Any], mapping: WeightMap
+) -> dict[str, list[tuple[CheckpointSlice, ...]]]:
+    return fsdp_checkpoint_slices(Qwen35VLConfig.from_hf(config), mapping)
 
 
 QWEN35_VL = ModelSpec(
@@ -137,14 +138,13 @@ QWEN35_VL = ModelSpec(
     language_post_config=_language_post_config,
     build_model=_build_model,
     model_inputs=_model_inputs,
-    dataset_providers=DATASET_PROVIDERS,
     hf_weights=HfWeights(
         model_types=("qwen3_5", "qwen3_5_moe"),
         mismatches=_hf_mismatches,
         mapping=_hf_mapping,
         parameters=_hf_parameters,
-        places=_checkpoint_places,
-        fsdp_places=_fsdp_places,
+        checkpoint_slices=_checkpoint_slices,
+        fsdp_checkpoint_slices=_fsdp_checkpoint_slices,
         dtype=default_dtype,
         vocab_size=lambda config: Qwen35VLConfig.from_hf(config).vocab_size,
     ),

@@ -1,8 +1,8 @@
-"""Qwen3.5-VL's weights: HuggingFace's names and layouts to megatron-core's, as one table read in both directions.
+"""Qwen3.5-VL's weights: HuggingFace's names and shapes to megatron-core's, as one table read in both directions.
 
 `weight_map` is the table; how it is carried out, per rank, is `models.weight_map`. Parameters have canonical names
 here: global layer and expert numbers, norms by themselves. `_ALIASES` brings the backends' spellings to them
-(Transformer Engine keeps a norm inside the linear behind it), `checkpoint_places` says where a checkpoint has them.
+(Transformer Engine keeps a norm inside the linear behind it), `checkpoint_slices` says where a checkpoint has them.
 
 Torch-free to import, for the launcher's preflight.
 """
@@ -10,15 +10,15 @@ Torch-free to import, for the launcher's preflight.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.qwen35_vl.configuration import Qwen35VLConfig
-from models.weight_map import Piece, Place, Rank, Run, Sliceable, Source, WeightMap, assemble, fill, shares
+from models.weight_map import CheckpointSlice, Rank, RowRange, Source, WeightMap
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT = "language_model.output_layer.weight"
@@ -35,36 +35,36 @@ _ALIASES = (
 
 
 @dataclass(frozen=True)
-class HfLayout:
+class ExpertStorage:
     """How a folder stores experts: one stacked tensor per layer, or one tensor per expert."""
 
     stacked_experts: bool = True
     stacked_mtp_experts: bool = True
 
     @classmethod
-    def detect(cls, names: Iterable[str]) -> HfLayout:
-        """Read the layout off a folder's tensor names."""
+    def detect(cls, names: Iterable[str]) -> ExpertStorage:
+        """Read the storage off a folder's tensor names."""
         single = {name.startswith("mtp.") for name in names if re.search(r"\.mlp\.experts\.\d+\.", name)}
         return cls(stacked_experts=False not in single, stacked_mtp_experts=True not in single)
 
 
-def weight_map(config: Qwen35VLConfig, layout: HfLayout | None = None) -> WeightMap:
-    """The mapping of one architecture to one way of storing it; experts are stacked if `layout` is None.
+def weight_map(config: Qwen35VLConfig, storage: ExpertStorage | None = None) -> WeightMap:
+    """The mapping of one architecture to one way of storing it; experts are stacked if `storage` is None.
 
     Raises:
         ValueError: more than one MTP layer, for which HF has no names.
     """
-    layout = layout or HfLayout()
+    storage = storage or ExpertStorage()
     if config.mtp_num_layers > 1:
         raise ValueError(f"HF's names hold one MTP layer, and the model has {config.mtp_num_layers}")
-    sources = {**_vision(config), **_decoder(config, layout)}
+    sources = {**_vision(config), **_decoder(config, storage)}
     ignored = [(r".*\.rotary_emb\.inv_freq", "computed, not learned")]
     copies = {}
     if config.tie_word_embeddings:
         ignored.append((r"lm_head\.weight", "tied to the embedding"))
         copies[f"{HF_TEXT}embed_tokens.weight"] = "lm_head.weight"
     if config.mtp_num_layers:
-        sources |= _mtp(config, layout)
+        sources |= _mtp(config, storage)
     else:
         ignored.append((r"mtp\..*", "the model is built without MTP"))
     return WeightMap(sources, ignored, copies)
@@ -99,59 +99,6 @@ def canonical_parameters(
         yield name, parameter
 
 
-def load_hf_state(
-    model: nn.Module,
-    hf_state: Mapping[str, Sliceable],
-    config: Qwen35VLConfig,
-    layout: HfLayout | None = None,
-    prefix: str = "",
-) -> None:
-    """Fill this rank's parameters from HF tensors, reading only the slices that the rank owns.
-
-    Args:
-        model, prefix: see `canonical_parameters`.
-        hf_state: HF name -> tensor or lazy slice; the whole model's (the whole part's, with a prefix) on every rank.
-        layout: how experts are stored; None reads it off the names.
-
-    Raises:
-        WeightMismatch: see `models.weight_map.fill`.
-    """
-    mapping = weight_map(config, layout or HfLayout.detect(hf_state)).part(prefix)
-    fill(mapping, canonical_parameters(model, config, prefix), Rank.of(model.pg_collection), hf_state)
-
-
-def hf_shares(
-    model: nn.Module,
-    config: Qwen35VLConfig,
-    mapping: WeightMap,
-    value: Callable[[nn.Parameter], Tensor] | None = None,
-    prefix: str = "",
-) -> Iterator[tuple[Piece, Tensor]]:
-    """This rank's share of the HF tensors; `models.weight_map.assemble` puts those of all ranks together."""
-    return shares(mapping, canonical_parameters(model, config, prefix), Rank.of(model.pg_collection), value)
-
-
-def export_hf_state(
-    model: nn.Module,
-    config: Qwen35VLConfig,
-    layout: HfLayout | None = None,
-    value: Callable[[nn.Parameter], Tensor] | None = None,
-    prefix: str = "",
-) -> dict[str, Tensor]:
-    """The HF tensors of a model that lies on this rank alone.
-
-    Args:
-        model, prefix: see `canonical_parameters`.
-        layout: how to store experts; stacked if None.
-        value: what to export of a parameter, `lambda parameter: parameter.grad` for its gradient; itself if None.
-
-    Raises:
-        WeightMismatch: the model isn't whole on this rank, or has parameters that the mapping doesn't know.
-    """
-    mapping = weight_map(config, layout).part(prefix)
-    return assemble(mapping, hf_shares(model, config, mapping, value, prefix))
-
-
 def default_dtype(name: str) -> str:
     """In which dtype, as safetensors spells it, released folders store this HF tensor."""
     return "F32" if name.endswith(".A_log") else "BF16"
@@ -164,7 +111,7 @@ _GDN_PARTS = {
 }
 
 
-def checkpoint_places(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, tuple[Place, ...]]:
+def checkpoint_slices(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, tuple[CheckpointSlice, ...]]:
     """Where a `torch_dist` checkpoint has each parameter, whichever backend and layout wrote it.
 
     The names are those of `sharded_state_dict()`: norms by the fused backend's spelling (`models.qwen35_vl.specs`), the
@@ -188,17 +135,17 @@ def checkpoint_places(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, t
             key = re.sub(r"\.pre_mlp_layernorm\.", ".mlp.linear_fc1.layer_norm_", key)
         parts = next((parts for suffix, parts in _GDN_PARTS.items() if key.endswith(f"self_attention.{suffix}")), None)
         if parts is None:
-            places[name] = (Place(key, 0, source.shape[source.dim], layer, layers),)
+            places[name] = (CheckpointSlice(key, 0, source.shape[source.dim], layer, layers),)
             continue
         counts = [sum(run.count for run in part) for part in source.parts]
         places[name] = tuple(
-            Place(f"{key}.{part}", sum(counts[:i]), count)
+            CheckpointSlice(f"{key}.{part}", sum(counts[:i]), count)
             for i, (part, count) in enumerate(zip(parts, counts, strict=True))
         )
     return places
 
 
-def fsdp_places(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, list[tuple[Place, ...]]]:
+def fsdp_checkpoint_slices(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, list[tuple[CheckpointSlice, ...]]]:
     """Where an `fsdp_dtensor` checkpoint has each parameter: one alternative for each spelling.
 
     Names are those of modules, of either backend, with and without the wrapper of 16-bit models. A gated FFN's halves
@@ -210,7 +157,7 @@ def fsdp_places(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, list[tu
         gated = name.endswith("linear_fc1.weight") and len(source.parts) == 2
         halves = (("_w", 0, size // 2), ("_v", size // 2, size // 2)) if gated else (("", 0, size),)
         places[name] = [
-            tuple(Place(f"{level}{spelling}{half}", start, count) for half, start, count in halves)
+            tuple(CheckpointSlice(f"{level}{spelling}{half}", start, count) for half, start, count in halves)
             for level in ("model.module.", "model.")
             for spelling in _module_names(name, mapping)
         ]
@@ -239,25 +186,25 @@ def _module_names(name: str, mapping: WeightMap) -> list[str]:
 
 def _whole(hf_name: str, *shape: int, foreign_tail: tuple[int, ...] | None = None) -> Source:
     """The same on every rank."""
-    return Source(shape, ((Run(hf_name, 0, shape[0]),),), sharded=False, foreign_tail=foreign_tail)
+    return Source(shape, ((RowRange(hf_name, 0, shape[0]),),), sharded=False, foreign_tail=foreign_tail)
 
 
-def _by_rows(*parts: Run | Iterable[Run], tail: tuple[int, ...] = (), is_expert: bool = False) -> Source:
+def _by_rows(*parts: RowRange | Iterable[RowRange], tail: tuple[int, ...] = (), is_expert: bool = False) -> Source:
     """Parts one below the other, each cut by TP."""
-    runs = tuple((part,) if isinstance(part, Run) else tuple(part) for part in parts)
+    runs = tuple((part,) if isinstance(part, RowRange) else tuple(part) for part in parts)
     rows = sum(run.count for part in runs for run in part)
     return Source((rows, *tail), runs, is_expert=is_expert)
 
 
-def _by_columns(run: Run, rows: int, is_expert: bool = False) -> Source:
+def _by_columns(run: RowRange, rows: int, is_expert: bool = False) -> Source:
     """A row-parallel linear's weight: cut by columns."""
     return Source((rows, run.count), ((run,),), dim=1, is_expert=is_expert)
 
 
-def _cut(hf_name: str, *counts: int, expert: int | None = None) -> list[Run]:
+def _cut(hf_name: str, *counts: int, expert: int | None = None) -> list[RowRange]:
     """One HF tensor as consecutive runs."""
     starts = [sum(counts[:i]) for i in range(len(counts))]
-    return [Run(hf_name, start, count, expert) for start, count in zip(starts, counts, strict=True)]
+    return [RowRange(hf_name, start, count, expert) for start, count in zip(starts, counts, strict=True)]
 
 
 def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
@@ -268,10 +215,12 @@ def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
     kernel = (vit.in_channels, vit.temporal_patch_size, vit.patch_size, vit.patch_size)
     patch_dim = vit.in_channels * vit.temporal_patch_size * vit.patch_size**2
 
-    def heads(hf_name: str) -> list[Run]:
+    def heads(hf_name: str) -> list[RowRange]:
         """HF has all queries, all keys, all values; megatron has query, key and value of each head."""
         return [
-            Run(hf_name, which * width + h * head, head) for h in range(vit.num_attention_heads) for which in range(3)
+            RowRange(hf_name, which * width + h * head, head)
+            for h in range(vit.num_attention_heads)
+            for which in range(3)
         ]
 
     table = {
@@ -280,10 +229,12 @@ def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
         "pos_embed.weight": _whole(f"{HF_VISION}pos_embed.weight", vit.num_position_embeddings, width),
         "merger.norm.weight": _whole(f"{HF_VISION}merger.norm.weight", width),
         "merger.norm.bias": _whole(f"{HF_VISION}merger.norm.bias", width),
-        "merger.linear_fc1.weight": _by_rows(Run(f"{HF_VISION}merger.linear_fc1.weight", 0, merged), tail=(merged,)),
-        "merger.linear_fc1.bias": _by_rows(Run(f"{HF_VISION}merger.linear_fc1.bias", 0, merged)),
+        "merger.linear_fc1.weight": _by_rows(
+            RowRange(f"{HF_VISION}merger.linear_fc1.weight", 0, merged), tail=(merged,)
+        ),
+        "merger.linear_fc1.bias": _by_rows(RowRange(f"{HF_VISION}merger.linear_fc1.bias", 0, merged)),
         "merger.linear_fc2.weight": _by_columns(
-            Run(f"{HF_VISION}merger.linear_fc2.weight", 0, merged), config.hidden_size
+            RowRange(f"{HF_VISION}merger.linear_fc2.weight", 0, merged), config.hidden_size
         ),
         "merger.linear_fc2.bias": _whole(f"{HF_VISION}merger.linear_fc2.bias", config.hidden_size),
     }
@@ -292,11 +243,11 @@ def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
         layer = {
             "self_attention.linear_qkv.weight": _by_rows(heads(f"{hf}attn.qkv.weight"), tail=(width,)),
             "self_attention.linear_qkv.bias": _by_rows(heads(f"{hf}attn.qkv.bias")),
-            "self_attention.linear_proj.weight": _by_columns(Run(f"{hf}attn.proj.weight", 0, width), width),
+            "self_attention.linear_proj.weight": _by_columns(RowRange(f"{hf}attn.proj.weight", 0, width), width),
             "self_attention.linear_proj.bias": _whole(f"{hf}attn.proj.bias", width),
-            "mlp.linear_fc1.weight": _by_rows(Run(f"{hf}mlp.linear_fc1.weight", 0, ffn), tail=(width,)),
-            "mlp.linear_fc1.bias": _by_rows(Run(f"{hf}mlp.linear_fc1.bias", 0, ffn)),
-            "mlp.linear_fc2.weight": _by_columns(Run(f"{hf}mlp.linear_fc2.weight", 0, ffn), width),
+            "mlp.linear_fc1.weight": _by_rows(RowRange(f"{hf}mlp.linear_fc1.weight", 0, ffn), tail=(width,)),
+            "mlp.linear_fc1.bias": _by_rows(RowRange(f"{hf}mlp.linear_fc1.bias", 0, ffn)),
+            "mlp.linear_fc2.weight": _by_columns(RowRange(f"{hf}mlp.linear_fc2.weight", 0, ffn), width),
             "mlp.linear_fc2.bias": _whole(f"{hf}mlp.linear_fc2.bias", width),
         }
         for ours, theirs in (("input_layernorm", "norm1"), ("pre_mlp_layernorm", "norm2")):
@@ -306,30 +257,30 @@ def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
     return {f"vision_model.{name}": source for name, source in table.items()}
 
 
-def _decoder(config: Qwen35VLConfig, layout: HfLayout) -> dict[str, Source]:
+def _decoder(config: Qwen35VLConfig, storage: ExpertStorage) -> dict[str, Source]:
     vocabulary, hidden = config.vocab_size, config.hidden_size
     table = {
-        EMBEDDING: _by_rows(Run(f"{HF_TEXT}embed_tokens.weight", 0, vocabulary), tail=(hidden,)),
+        EMBEDDING: _by_rows(RowRange(f"{HF_TEXT}embed_tokens.weight", 0, vocabulary), tail=(hidden,)),
         "language_model.decoder.final_layernorm.weight": _whole(f"{HF_TEXT}norm.weight", hidden),
     }
     if not config.tie_word_embeddings:
-        table[OUTPUT] = _by_rows(Run("lm_head.weight", 0, vocabulary), tail=(hidden,))
+        table[OUTPUT] = _by_rows(RowRange("lm_head.weight", 0, vocabulary), tail=(hidden,))
     for i in range(config.num_layers):
         full_attention = (i + 1) % config.full_attention_interval == 0
-        layer = _layer(f"{HF_TEXT}layers.{i}.", config, full_attention, layout.stacked_experts)
+        layer = _layer(f"{HF_TEXT}layers.{i}.", config, full_attention, storage.stacked_experts)
         table |= {f"language_model.decoder.layers.{i}.{name}": source for name, source in layer.items()}
     return table
 
 
-def _mtp(config: Qwen35VLConfig, layout: HfLayout) -> dict[str, Source]:
+def _mtp(config: Qwen35VLConfig, storage: ExpertStorage) -> dict[str, Source]:
     hidden = config.hidden_size
     table = {
-        "eh_proj.weight": _by_rows(Run("mtp.fc.weight", 0, hidden), tail=(2 * hidden,)),
+        "eh_proj.weight": _by_rows(RowRange("mtp.fc.weight", 0, hidden), tail=(2 * hidden,)),
         "enorm.weight": _whole("mtp.pre_fc_norm_embedding.weight", hidden),
         "hnorm.weight": _whole("mtp.pre_fc_norm_hidden.weight", hidden),
         "final_layernorm.weight": _whole("mtp.norm.weight", hidden),
     }
-    layer = _layer("mtp.layers.0.", config, True, layout.stacked_mtp_experts)
+    layer = _layer("mtp.layers.0.", config, True, storage.stacked_mtp_experts)
     table |= {f"mtp_model_layer.{name}": source for name, source in layer.items()}
     return {f"language_model.mtp.layers.0.{name}": source for name, source in table.items()}
 
@@ -348,16 +299,16 @@ def _attention(hf: str, config: Qwen35VLConfig) -> dict[str, Source]:
     per_group = config.num_attention_heads // groups
     q, k, v, o = (f"{hf}self_attn.{name}_proj.weight" for name in "qkvo")
 
-    def group(g: int) -> list[Run]:
+    def group(g: int) -> list[RowRange]:
         """HF: query and gate of each head. Megatron, per KV group: all queries, all gates, key, value."""
         heads = range(g * per_group, (g + 1) * per_group)
-        queries = [Run(q, 2 * h * head, head) for h in heads]
-        gates = [Run(q, (2 * h + 1) * head, head) for h in heads]
-        return [*queries, *gates, Run(k, g * head, head), Run(v, g * head, head)]
+        queries = [RowRange(q, 2 * h * head, head) for h in heads]
+        gates = [RowRange(q, (2 * h + 1) * head, head) for h in heads]
+        return [*queries, *gates, RowRange(k, g * head, head), RowRange(v, g * head, head)]
 
     return {
         "self_attention.linear_qkv.weight": _by_rows([run for g in range(groups) for run in group(g)], tail=(hidden,)),
-        "self_attention.linear_proj.weight": _by_columns(Run(o, 0, config.num_attention_heads * head), hidden),
+        "self_attention.linear_proj.weight": _by_columns(RowRange(o, 0, config.num_attention_heads * head), hidden),
         "self_attention.q_layernorm.weight": _whole(f"{hf}self_attn.q_norm.weight", head),
         "self_attention.k_layernorm.weight": _whole(f"{hf}self_attn.k_norm.weight", head),
     }
@@ -371,18 +322,18 @@ def _gated_delta_net(hf: str, config: Qwen35VLConfig) -> dict[str, Source]:
     return {
         "self_attention.in_proj.weight": _by_rows(
             *_cut(f"{hf}in_proj_qkv.weight", keys, keys, values),
-            Run(f"{hf}in_proj_z.weight", 0, values),
-            Run(f"{hf}in_proj_b.weight", 0, value_heads),
-            Run(f"{hf}in_proj_a.weight", 0, value_heads),
+            RowRange(f"{hf}in_proj_z.weight", 0, values),
+            RowRange(f"{hf}in_proj_b.weight", 0, value_heads),
+            RowRange(f"{hf}in_proj_a.weight", 0, value_heads),
             tail=(hidden,),
         ),
         "self_attention.conv1d.weight": _by_rows(
             *_cut(f"{hf}conv1d.weight", keys, keys, values), tail=(1, config.linear_conv_kernel_dim)
         ),
-        "self_attention.A_log": _by_rows(Run(f"{hf}A_log", 0, value_heads)),
-        "self_attention.dt_bias": _by_rows(Run(f"{hf}dt_bias", 0, value_heads)),
+        "self_attention.A_log": _by_rows(RowRange(f"{hf}A_log", 0, value_heads)),
+        "self_attention.dt_bias": _by_rows(RowRange(f"{hf}dt_bias", 0, value_heads)),
         "self_attention.out_norm.weight": _whole(f"{hf}norm.weight", config.linear_value_head_dim),
-        "self_attention.out_proj.weight": _by_columns(Run(f"{hf}out_proj.weight", 0, values), hidden),
+        "self_attention.out_proj.weight": _by_columns(RowRange(f"{hf}out_proj.weight", 0, values), hidden),
     }
 
 
@@ -391,7 +342,7 @@ def _mlp(hf: str, config: Qwen35VLConfig) -> dict[str, Source]:
 
 
 def _gated_mlp(ours: str, hf: str, hidden: int, ffn: int, is_expert: bool = False) -> dict[str, Source]:
-    gate, up, down = (Run(f"{hf}{name}_proj.weight", 0, ffn) for name in ("gate", "up", "down"))
+    gate, up, down = (RowRange(f"{hf}{name}_proj.weight", 0, ffn) for name in ("gate", "up", "down"))
     return {
         f"{ours}linear_fc1.weight": _by_rows(gate, up, tail=(hidden,), is_expert=is_expert),
         f"{ours}linear_fc2.weight": _by_columns(down, hidden, is_expert=is_expert),
@@ -414,6 +365,6 @@ def _moe(hf: str, config: Qwen35VLConfig, stacked: bool) -> dict[str, Source]:
         gate_up = _cut(f"{hf}experts.gate_up_proj", ffn, ffn, expert=e)
         table[f"{ours}linear_fc1.weight"] = _by_rows(*gate_up, tail=(hidden,), is_expert=True)
         table[f"{ours}linear_fc2.weight"] = _by_columns(
-            Run(f"{hf}experts.down_proj", 0, ffn, e), hidden, is_expert=True
+            RowRange(f"{hf}experts.down_proj", 0, ffn, e), hidden, is_expert=True
         )
     return table

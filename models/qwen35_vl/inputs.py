@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
-from models.qwen35_vl.configuration import Qwen35VLConfig
+from models.common.mrope import position_ids
+from models.qwen35_vl.configuration import Qwen35VLConfig, Qwen35VLVisionConfig
 from models.qwen35_vl.flops import batch_flops
-from models.qwen35_vl.mrope import position_ids
-from models.qwen35_vl.vision_encoder import vision_inputs
 from models.spec import BatchShape
 
 
@@ -37,10 +41,57 @@ class Qwen35VLInputs:
         return self.config.vision.patch_size
 
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
-        return position_ids(input_ids, grid_thw, self.config.token_ids, self.merge_size)
+        token_ids = self.config.token_ids
+        return position_ids(
+            input_ids,
+            grid_thw,
+            image_token_id=token_ids.image,
+            video_token_id=token_ids.video,
+            spatial_merge_size=self.merge_size,
+        )
 
     def vision_inputs(self, grid_thw: Tensor) -> dict[str, Tensor | int]:
         return vision_inputs(grid_thw, self.config.vision)
 
     def flops(self, shape: BatchShape) -> float:
         return batch_flops(self.config, shape)
+
+
+def vision_inputs(grid_thw: Tensor, vision: Qwen35VLVisionConfig) -> dict[str, Tensor | int]:
+    """What `VisionEncoder.forward` takes besides the pixels, from the grids alone. Runs in the loader's workers.
+
+    Args:
+        grid_thw: [I, 3] int64 patches in time, height and width, at least one image; height and width are
+            multiples of the merge size.
+
+    Returns:
+        position_index: [P, 4] int64 rows of the position table around each patch.
+        position_weight: [P, 4] float32 their bilinear weights.
+        patch_position: [P, 2] int64 row and column of each patch in its image, for the 2D rotary.
+        cu_seqlens: [F + 1] int32 where each frame begins; a frame is one attention segment.
+        max_seqlen: patches of the largest frame.
+
+    Raises:
+        ValueError: a grid that the patch merger can't take, by its index.
+    """
+    merge = vision.spatial_merge_size
+    for index, (time, height, width) in enumerate(grid_thw.tolist()):
+        if min(time, height, width) < 1 or height % merge or width % merge:
+            raise ValueError(
+                f"grid {index} is {time} x {height} x {width} patches; height and width must be multiples of "
+                f"the merge size {merge}"
+            )
+    position_index, position_weight = get_vision_interpolation_indices_and_weights(
+        grid_thw,
+        num_grid_per_side=round(vision.num_position_embeddings**0.5),
+        mode="bilinear",
+        align_corners=True,
+        spatial_merge_size=merge,
+    )
+    return {
+        "position_index": position_index,
+        "position_weight": position_weight,
+        "patch_position": get_vision_position_ids(grid_thw, merge),
+        "cu_seqlens": get_vision_cu_seqlens(grid_thw),
+        "max_seqlen": int((grid_thw[:, 1] * grid_thw[:, 2]).max()),
+    }

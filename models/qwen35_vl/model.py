@@ -9,8 +9,8 @@ from megatron.core.transformer import TransformerConfig
 
 from models.backends import get_backend
 from models.base import MultimodalModel
+from models.common.gpt import MultimodalGPTModel
 from models.qwen35_vl.configuration import Qwen35VLConfig
-from models.qwen35_vl.gpt import Qwen35GPTModel
 from models.qwen35_vl.specs import decoder_block_spec, mtp_block_spec
 from models.qwen35_vl.vision_encoder import VisionEncoder
 
@@ -28,7 +28,7 @@ def build_qwen35_vl(
     """Build the stage that this rank owns; see `models.spec.BuildModel`."""
     architecture = Qwen35VLConfig.from_args(args)
     backend = get_backend(language_config.transformer_impl)
-    language_model = Qwen35GPTModel(
+    language_model = MultimodalGPTModel(
         config=language_config,
         transformer_layer_spec=decoder_block_spec(language_config, backend, vp_stage=vp_stage),
         mtp_block_spec=mtp_block_spec(language_config, backend, vp_stage=vp_stage),

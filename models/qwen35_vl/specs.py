@@ -34,12 +34,12 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from models.backends import Backend
-from models.moe import PerTokenLossRouter
-from models.parallel_layers import SharedExpertMLP
-from models.qwen35_vl.attention import Qwen35SelfAttention
-from models.qwen35_vl.gated_delta_net import Qwen35GatedDeltaNet
-from models.qwen35_vl.mtp import Qwen35MTPLayer
+from models.backends.backend import Backend
+from models.common.attention import RotarySelfAttention
+from models.common.gated_delta_net import PackedGatedDeltaNet
+from models.common.moe import PerTokenLossRouter
+from models.common.mtp import PackedMTPLayer
+from models.common.parallel_layers import SharedExpertMLP
 
 
 def decoder_block_spec(
@@ -71,7 +71,7 @@ def mtp_block_spec(
         return None
     norm = backend.layer_norm(rms_norm=True)
     layer = ModuleSpec(
-        module=Qwen35MTPLayer,
+        module=PackedMTPLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
             enorm=norm,
             hnorm=norm,
@@ -128,7 +128,7 @@ def _norm_linear(backend: Backend) -> type:
 
 def _gated_delta_net_spec(backend: Backend) -> ModuleSpec:
     return ModuleSpec(
-        module=Qwen35GatedDeltaNet,
+        module=PackedGatedDeltaNet,
         submodules=GatedDeltaNetSubmodules(
             in_proj=_norm_linear(backend),
             out_norm=backend.plain_rms_norm(),  # the one norm of the model that isn't zero-centred
@@ -140,7 +140,7 @@ def _gated_delta_net_spec(backend: Backend) -> ModuleSpec:
 def _attention_spec(config: TransformerConfig, backend: Backend) -> ModuleSpec:
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=Qwen35SelfAttention,
+        module=RotarySelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=_norm_linear(backend),

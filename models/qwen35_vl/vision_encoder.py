@@ -1,8 +1,8 @@
 """Qwen3.5's vision transformer on megatron-core layers: patches in, features as wide as the decoder out.
 
 Numerics follow transformers' `Qwen3_5VisionModel`. Everything that depends on the grids alone (where to look up the
-position table, 2D rotary positions, where each frame begins) is computed by `vision_inputs` in the loader's workers,
-so that the forward pass has no loop over images and waits for nothing on the host.
+position table, 2D rotary positions, where each frame begins) is computed by `inputs.vision_inputs` in the loader's
+workers, so that the forward pass has no loop over images and waits for nothing on the host.
 Shapes: I images, F frames, P patches, V features (P / merge^2), H the ViT's width, D its head dimension.
 """
 
@@ -23,14 +23,9 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-)
 
-from models.backends import Backend
-from models.qwen35_vl.attention import Qwen35SelfAttention
+from models.backends.backend import Backend
+from models.common.attention import RotarySelfAttention
 from models.qwen35_vl.configuration import Qwen35VLVisionConfig
 
 NORM_EPSILON = 1e-6
@@ -57,46 +52,6 @@ _SHARED_SETTINGS = (
     "flash_attention_version",
     "transformer_impl",
 )
-
-
-def vision_inputs(grid_thw: Tensor, vision: Qwen35VLVisionConfig) -> dict[str, Tensor | int]:
-    """What `VisionEncoder.forward` takes besides the pixels, from the grids alone. Runs in the loader's workers.
-
-    Args:
-        grid_thw: [I, 3] int64 patches in time, height and width, at least one image; height and width are
-            multiples of the merge size.
-
-    Returns:
-        position_index: [P, 4] int64 rows of the position table around each patch.
-        position_weight: [P, 4] float32 their bilinear weights.
-        patch_position: [P, 2] int64 row and column of each patch in its image, for the 2D rotary.
-        cu_seqlens: [F + 1] int32 where each frame begins; a frame is one attention segment.
-        max_seqlen: patches of the largest frame.
-
-    Raises:
-        ValueError: a grid that the patch merger can't take, by its index.
-    """
-    merge = vision.spatial_merge_size
-    for index, (time, height, width) in enumerate(grid_thw.tolist()):
-        if min(time, height, width) < 1 or height % merge or width % merge:
-            raise ValueError(
-                f"grid {index} is {time} x {height} x {width} patches; height and width must be multiples of "
-                f"the merge size {merge}"
-            )
-    position_index, position_weight = get_vision_interpolation_indices_and_weights(
-        grid_thw,
-        num_grid_per_side=round(vision.num_position_embeddings**0.5),
-        mode="bilinear",
-        align_corners=True,
-        spatial_merge_size=merge,
-    )
-    return {
-        "position_index": position_index,
-        "position_weight": position_weight,
-        "patch_position": get_vision_position_ids(grid_thw, merge),
-        "cu_seqlens": get_vision_cu_seqlens(grid_thw),
-        "max_seqlen": int((grid_thw[:, 1] * grid_thw[:, 2]).max()),
-    }
 
 
 def vision_transformer_config(language_config: TransformerConfig, vision: Qwen35VLVisionConfig) -> TransformerConfig:
@@ -136,7 +91,7 @@ def vision_block_spec(config: TransformerConfig, backend: Backend) -> Transforme
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=Qwen35SelfAttention,
+                module=RotarySelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=norm_linear,

@@ -240,7 +240,9 @@ def test_flat_batches_hold_everything(packed: bool) -> None:
 
 
 def test_batches_are_saved_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # set by runtime/mends.py; this file is our own
+    monkeypatch.delenv(
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False
+    )  # set by runtime/patches.py; this file is our own
     batch = unflatten(flatten(make([[MIDDLE], [ONE]])))
     torch.save(batch, tmp_path / "batch.pt")
     assert_equal(torch.load(tmp_path / "batch.pt", weights_only=False), batch)

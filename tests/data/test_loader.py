@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from toy_data import PAD, ToyDataset, ToyInputs
 
-from data import DatasetProvider
+from data import DATASET_PROVIDERS, DatasetProvider
 from data.batch import Batch, collate
 from data.loader import BatchReader, Ranks, SharedReader, dataset_provider
 from data.pack import IndexedPacks, PackPlan, measure
@@ -165,12 +165,16 @@ def test_model_chunks_see_the_same_batches_in_any_order() -> None:
 # The provider that Megatron calls, on one rank
 
 
-class Spec:
-    """The two entries of a ModelSpec that data reads."""
+TOY = DatasetProvider("toy", False, lambda args, split, processor, model_inputs: ToyDataset(args.lengths))
 
-    dataset_providers = {  # noqa: RUF012
-        "toy": DatasetProvider("toy", False, lambda args, split, processor, model_inputs: ToyDataset(args.lengths))
-    }
+
+@pytest.fixture(autouse=True)
+def toy_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATASET_PROVIDERS, "toy", TOY)
+
+
+class Spec:
+    """The entry of a ModelSpec that the loader reads."""
 
     def model_inputs(self, args: Namespace) -> ToyInputs:
         return ToyInputs()
@@ -324,7 +328,9 @@ class Unreadable(ToyDataset):
 def test_two_ranks_get_the_same_batches_in_two_collectives_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # set by runtime/mends.py; this file is our own
+    monkeypatch.delenv(
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False
+    )  # set by runtime/patches.py; this file is our own
     torch.multiprocessing.spawn(receive, args=(str(tmp_path),), nprocs=2)
     sent, received = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     alone = reader(dataset=ToyDataset(LENGTHS, [4 * (index % 2) for index in range(len(LENGTHS))]), micro_batch_size=2)

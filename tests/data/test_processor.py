@@ -6,20 +6,14 @@ import json
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoProcessor, Qwen2VLImageProcessor, Qwen3VLProcessor
 
-from data.processor import (
-    VISION_TOKENS,
-    build_processor,
-    check_processor,
-    load_processor,
-    read_processor,
-)
-from models import MODEL_REGISTRY
+from data.processor import check_processor, load_processor, read_processor
+from data.processor_files import VISION_TOKENS
+from data.receipts.processor import build_processor
 from models.qwen35_vl.configuration import VARIANTS
 
 # Qwen3.5's tokenizer has these ids.
@@ -212,12 +206,9 @@ def test_processor_and_model_must_agree(tiny: Qwen3VLProcessor, full: Qwen3VLPro
         check_processor(tiny, {**config("tiny"), "vision_config": vision}, None)
 
 
-def test_load_processor_builds_for_the_models_vocabulary(
-    full: Qwen3VLProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_processor_builds_for_the_models_vocabulary(full: Qwen3VLProcessor, tmp_path: Path) -> None:
     def load(variant: str, path: str | None) -> Qwen3VLProcessor:
-        monkeypatch.setitem(MODEL_REGISTRY, "toy", SimpleNamespace(hf_config=lambda args: config(variant)))
-        return load_processor(Namespace(model_arch="toy", hf_processor_path=path))
+        return load_processor(Namespace(hf_processor_path=path), config(variant))
 
     assert load("tiny", None).image_token_id == 1020
     assert load("9b", None).image_token_id == 248056

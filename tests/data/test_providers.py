@@ -23,4 +23,4 @@ def test_entries_are_under_their_names() -> None:
 
 
 def test_mock_needs_no_processor() -> None:
-    assert DATASET_PROVIDERS["mock"].processor(Namespace()) is None
+    assert DATASET_PROVIDERS["mock"].processor(Namespace(), {}) is None

@@ -16,10 +16,11 @@ import datasets
 import pytest
 from PIL import Image, ImageDraw
 
-from data import receipts
 from data.cord_v2 import CordV2
-from data.receipt_drawing import draw, turn
-from data.receipt_values import (
+from data.receipts import dataset as receipts
+from data.receipts.dataset import Receipts, ensure_receipts, make_row
+from data.receipts.drawing import draw, turn
+from data.receipts.values import (
     CURRENCIES,
     DISHES,
     MAX_ITEMS,
@@ -30,7 +31,6 @@ from data.receipt_values import (
     ask,
     draw_receipt,
 )
-from data.receipts import Receipts, ensure_receipts, make_row
 
 SIZES = {"train": 6, "validation": 2, "test": 2}
 

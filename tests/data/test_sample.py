@@ -14,7 +14,7 @@ from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 import data.sample
 from data.conversation import Conversation, Message
 from data.dataset import ConversationDataset
-from data.processor import build_processor
+from data.receipts.processor import build_processor
 from data.sample import Outcome, Sample, SampleOptions, build_sample, encode, value_mask
 
 VISION_IDS = {

@@ -31,11 +31,9 @@ GRIDS = ([], [[1, 6, 10]], [[1, 4, 4], [1, 8, 6], [1, 2, 10]])
 @pytest.mark.parametrize("impl", ["transformer_engine", "local"])
 @pytest.mark.parametrize("variant", ["tiny", "tiny_moe"])
 def test_the_host_waits_for_nothing(variant: str, impl: str, tmp_path: Path) -> None:
-    from data.batch import collate, flatten, unflatten
+    from data.batch import collate, flatten, partition_batch, unflatten
     from forward_step import masked_loss, model_inputs
-    from models.moe import set_trained_tokens
     from models.qwen35_vl.inputs import Qwen35VLInputs
-    from runtime.context_parallel import partition_batch
 
     architecture = VARIANTS[variant].replace(**_HEADS, vocab_size=1024)
     model = build_model(architecture, tmp_path, torch.bfloat16, "--transformer-impl", impl, "--allow-slow-kernels")
@@ -55,7 +53,7 @@ def test_the_host_waits_for_nothing(variant: str, impl: str, tmp_path: Path) -> 
     def step() -> torch.Tensor:
         batch = unflatten(replace(flat, buffer=flat.buffer.to("cuda", non_blocking=True)))
         batch = partition_batch(batch, model.pg_collection.cp)
-        set_trained_tokens(batch.stats.mean_trained_tokens)
+        model.step.mean_trained_tokens = batch.stats.mean_trained_tokens
         losses = model(**model_inputs(batch))
         loss, _, _ = masked_loss(losses, loss_mask=batch.loss_mask, rates={"tokens/s": (1.0, 1.0)})
         loss.backward()

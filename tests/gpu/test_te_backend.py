@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
-from runtime.float64 import float64, relative_error
+from proofs.float64 import float64
 from tests.build_model import build_model
+from tests.errors import relative_error
 from tests.models.test_hf_parity import make_sample
 
 pytestmark = [
@@ -34,8 +35,8 @@ def run(architecture: Qwen35VLConfig, folder: Path, impl: str, dtype: torch.dtyp
     """One packed micro-batch: (weights, losses [1, T], gradients by HF name)."""
     from data.batch import collate, flatten, unflatten
     from forward_step import model_inputs
-    from models.qwen35_vl.hf_weights import export_hf_state, load_hf_state
     from models.qwen35_vl.inputs import Qwen35VLInputs
+    from tests.hf_states import export_hf_state, load_hf_state
 
     flags = ["--transformer-impl", impl, "--allow-slow-kernels"]
     if dtype == torch.float64:

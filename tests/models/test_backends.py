@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from models.qwen35_vl.configuration import VARIANTS
-from runtime.float64 import relative_error
 from tests.build_decoder import build_decoder, decoder_config
+from tests.errors import relative_error
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 

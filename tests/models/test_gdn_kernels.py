@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.qwen35_vl import gdn_kernels
-from models.qwen35_vl.gdn_kernels import GDNKernels, causal_conv, gated_delta_rule
-from runtime.float64 import relative_error
+from models.common import gdn_kernels
+from models.common.gdn_kernels import GDNKernels, causal_conv, gated_delta_rule
+from tests.errors import relative_error
 
 TAPS = 4
 # One token; shorter than the convolution; a chunk's length; over chunk borders; and again one token.

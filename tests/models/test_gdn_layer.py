@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS
-from runtime.float64 import float64, relative_error
-from tests.build_decoder import build_decoder, decoder_config, document_inputs, pack, roughen
+from proofs.float64 import float64
+from tests.build_decoder import build_decoder, decoder_config, document_inputs, pack, perturb
+from tests.errors import relative_error
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -134,7 +135,7 @@ def test_refuses_inference() -> None:
 def gradients_of(variant: str, inputs: dict[str, Any], **changes: Any) -> dict[str, Tensor]:
     with float64():
         model = build_decoder(VARIANTS[variant], **changes).double()
-        roughen(model)
+        perturb(model)
         (model(attention_mask=None, **inputs) * inputs["loss_mask"]).sum().backward()
     return {name: p.grad for name, p in model.named_parameters()}
 

@@ -89,10 +89,10 @@ def test_every_variant_builds_of_transformer_engine_s_layers(variant: str, tmp_p
 
 
 def random_state(architecture: Qwen35VLConfig, **layout: bool) -> dict[str, Tensor]:
-    from models.qwen35_vl.hf_weights import HfLayout, weight_map
+    from models.qwen35_vl.hf_weights import ExpertStorage, weight_map
 
     generator = torch.Generator().manual_seed(0)
-    shapes = weight_map(architecture, HfLayout(**layout)).tensors
+    shapes = weight_map(architecture, ExpertStorage(**layout)).tensors
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -104,7 +104,8 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_round_trip_is_exact(name: str, tmp_path: Path):
-    from models.qwen35_vl.hf_weights import HfLayout, export_hf_state, load_hf_state
+    from models.qwen35_vl.hf_weights import ExpertStorage
+    from tests.hf_states import export_hf_state, load_hf_state
 
     architecture = ARCHITECTURES[name]
     model = build_model(architecture, tmp_path, torch.float32)
@@ -116,12 +117,12 @@ def test_round_trip_is_exact(name: str, tmp_path: Path):
         state = random_state(architecture, **layout)
         load_hf_state(model, state, architecture)
         assert not any(parameter.isnan().any() for parameter in model.parameters())
-        assert_equal(export_hf_state(model, architecture, HfLayout(**layout)), state)
+        assert_equal(export_hf_state(model, architecture, ExpertStorage(**layout)), state)
 
 
 def test_bfloat16_weights_and_float32_decay_keep_their_bits(tmp_path: Path):
     """The released folders' dtypes: everything in bf16 but A_log."""
-    from models.qwen35_vl.hf_weights import export_hf_state, load_hf_state
+    from tests.hf_states import export_hf_state, load_hf_state
 
     architecture = ARCHITECTURES["moe_untied"]
     model = build_model(architecture, tmp_path, torch.bfloat16)
@@ -134,8 +135,8 @@ def test_bfloat16_weights_and_float32_decay_keep_their_bits(tmp_path: Path):
 
 
 def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(tmp_path: Path):
-    from models.qwen35_vl.hf_weights import load_hf_state
     from models.weight_map import WeightMismatch
+    from tests.hf_states import load_hf_state
 
     architecture = ARCHITECTURES["dense_tied"]
     model = build_model(architecture, tmp_path, torch.float32)
@@ -156,8 +157,8 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(tmp_path: Pat
 
 
 def test_a_model_of_another_architecture_is_refused(tmp_path: Path):
-    from models.qwen35_vl.hf_weights import export_hf_state, load_hf_state
     from models.weight_map import WeightMismatch
+    from tests.hf_states import export_hf_state, load_hf_state
 
     model = build_model(ARCHITECTURES["dense_tied"], tmp_path, torch.float32)
     wider = ARCHITECTURES["dense_tied"].replace(ffn_hidden_size=512)
@@ -170,7 +171,7 @@ def test_a_model_of_another_architecture_is_refused(tmp_path: Path):
 def test_load_hf_refuses_bad_values_by_name(tmp_path: Path):
     """NaN is found while a rank reads, in the tensor that has it; with the flag it is loaded."""
     from models.weight_map import WeightMismatch
-    from runtime.hf_ranks import load_hf
+    from weights.job import load_hf
 
     architecture = ARCHITECTURES["dense_tied"]
     tensors = random_tensors(architecture)
@@ -188,7 +189,7 @@ def test_load_hf_refuses_bad_values_by_name(tmp_path: Path):
 
 
 def test_load_hf_says_what_it_leaves_out_and_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from runtime.hf_ranks import load_hf
+    from weights.job import load_hf
 
     architecture = ARCHITECTURES["no_mtp"]
     with_mtp = architecture.replace(mtp_num_layers=1)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
-from runtime.float64 import float64, relative_error
+from proofs.float64 import float64
 from tests.build_model import build_model
+from tests.errors import relative_error
 from tests.hf_reference import build_hf, load_hf_folder, modeling, token_types
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -68,8 +69,8 @@ def make_sample(architecture: Qwen35VLConfig, grids: list[list[int]], dtype: tor
 
 def run_ours(model: nn.Module, architecture: Qwen35VLConfig, sample) -> Result:
     from data.batch import collate
-    from models.qwen35_vl.hf_weights import export_hf_state
     from models.qwen35_vl.inputs import Qwen35VLInputs
+    from tests.hf_states import export_hf_state
 
     batch = collate(
         [[sample]],
@@ -117,7 +118,7 @@ def run_hf(model: nn.Module, architecture: Qwen35VLConfig, sample) -> Result:
 
 
 def load(model: nn.Module, reference: nn.Module, architecture: Qwen35VLConfig) -> None:
-    from models.qwen35_vl.hf_weights import load_hf_state
+    from tests.hf_states import load_hf_state
 
     load_hf_state(model, reference.state_dict(), architecture)
 
@@ -159,9 +160,9 @@ def test_logits_loss_and_gradients_equal_hf_in_float64(name: str, tmp_path: Path
 def test_transformers_gets_the_same_logits_from_a_trained_and_saved_model(name: str, tmp_path: Path):
     """Three steps of Adam, then --save-hf's folder in float64 through from_pretrained. Measured: 5.5e-16."""
     from models.qwen35_vl.hf_weights import weight_map
-    from runtime.hf_ranks import save_hf
-    from runtime.outputs import HfOrigin, write_hf_folder
     from tests.build_model import resolve_flags
+    from weights.job import save_hf
+    from weights.origin import HfOrigin, write_hf_folder
 
     architecture = ARCHITECTURES[name].replace(mtp_num_layers=1)
     with float64():

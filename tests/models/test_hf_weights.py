@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from models.qwen35_vl.configuration import VARIANTS
-from models.qwen35_vl.hf_weights import HfLayout, weight_map
-from models.weight_map import Rank, Source, WeightMap, WeightMismatch, assemble, pieces
+from models.qwen35_vl.hf_weights import ExpertStorage, weight_map
+from models.weight_map import Rank, Source, WeightMap, WeightMismatch, assemble, tensor_slices
 from tests.hf_reference import build_hf_meta
 
 ARCHITECTURES = {
@@ -41,10 +41,10 @@ def test_hf_side_equals_transformers(variant: str):
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_element_of_every_hf_tensor_is_mapped_once(name: str, stacked: bool):
-    mapping = weight_map(ARCHITECTURES[name], HfLayout(stacked, stacked))
+    mapping = weight_map(ARCHITECTURES[name], ExpertStorage(stacked, stacked))
     used = {tensor: torch.zeros(shape, dtype=torch.int8) for tensor, shape in mapping.tensors.items()}
     for source in mapping.sources.values():
-        for piece in pieces(source, 0, 1):
+        for piece in tensor_slices(source, 0, 1):
             used[piece.name][piece.foreign_index] += 1
     assert all((count == 1).all() for count in used.values())
 
@@ -54,7 +54,7 @@ def split(source: Source, state: dict[str, Tensor], rank: int, size: int) -> Ten
     shape = list(source.shape)
     shape[source.dim] //= size
     share = torch.full(shape, torch.nan)
-    for piece in pieces(source, rank, size):
+    for piece in tensor_slices(source, rank, size):
         target = share[piece.index]
         target.copy_(state[piece.name][piece.foreign_index].reshape(target.shape))
     return share
@@ -109,7 +109,7 @@ def test_shares_of_tensor_parallel_ranks(size: int):
 def test_ranks_together_give_the_folder_back(stacked: bool):
     """HF -> shares of TP2 x EP2 x expert-TP2 ranks -> HF, bit for bit; one rank alone is refused."""
     architecture = ARCHITECTURES["moe_untied"]
-    mapping = weight_map(architecture, HfLayout(stacked, stacked))
+    mapping = weight_map(architecture, ExpertStorage(stacked, stacked))
     state = random_hf_state(mapping)
     experts = architecture.num_experts
 
@@ -118,7 +118,7 @@ def test_ranks_together_give_the_folder_back(stacked: bool):
             if source.is_expert and int(name.split(".experts.")[1].split(".")[0]) * 2 // experts != rank.ep:
                 continue
             share = split(source, state, *rank.cut(source))
-            for piece in pieces(source, *rank.cut(source)):
+            for piece in tensor_slices(source, *rank.cut(source)):
                 yield piece, share[piece.index]
 
     ranks = [Rank(r % 2, 2, r % 2, 2, r // 2, 2) for r in range(4)]
@@ -130,9 +130,9 @@ def test_ranks_together_give_the_folder_back(stacked: bool):
 
 
 def test_layout_is_read_off_the_names():
-    for layout in (HfLayout(a, b) for a in (True, False) for b in (True, False)):
-        assert HfLayout.detect(weight_map(VARIANTS["tiny_moe"], layout).tensors) == layout
-    assert HfLayout.detect(weight_map(VARIANTS["tiny"]).tensors) == HfLayout()
+    for layout in (ExpertStorage(a, b) for a in (True, False) for b in (True, False)):
+        assert ExpertStorage.detect(weight_map(VARIANTS["tiny_moe"], layout).tensors) == layout
+    assert ExpertStorage.detect(weight_map(VARIANTS["tiny"]).tensors) == ExpertStorage()
 
 
 def test_what_is_wrong_with_a_folder_is_listed():

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS
-from runtime.float64 import float64, relative_error
-from tests.build_decoder import build_decoder, decoder_config, document_inputs, pack, roughen
+from proofs.float64 import float64
+from tests.build_decoder import build_decoder, decoder_config, document_inputs, pack, perturb
+from tests.errors import relative_error
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -27,7 +28,7 @@ def clean_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from models.moe import PerTokenLossRouter
+    from models.common.moe import PerTokenLossRouter
 
     monkeypatch.setattr(PerTokenLossRouter, "trained_tokens", None)
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(1.0))
@@ -38,7 +39,7 @@ def clean_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def make_router(**changes: Any) -> nn.Module:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from models.moe import PerTokenLossRouter
+    from models.common.moe import PerTokenLossRouter
 
     config = decoder_config(TINY_MOE, torch.float64, **{"moe_aux_loss_coeff": COEFFICIENT, **changes})
     router = PerTokenLossRouter(config, ProcessGroupCollection.use_mpu_process_groups())
@@ -79,14 +80,12 @@ LOSSES = {
 @pytest.mark.parametrize("padded", [0, 14])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_leaves_padding_out(loss: str, padded: int) -> None:
-    from models.moe import set_trained_tokens
-
     changes, formula = LOSSES[loss]
     hidden = hidden_states(40)
     padding = torch.arange(40)[:, None] >= 40 - padded
-    set_trained_tokens(7.0)
     with float64():
         router = make_router(**changes)
+        router.step.mean_trained_tokens = 7.0
         actual = router_gradient(router, hidden, padding if padded else None)
         expected = torch.autograd.grad(formula(router.weight, hidden[: 40 - padded]), router.weight)[0]
     assert relative_error(actual / 7.0, COEFFICIENT * expected) < TOLERANCE
@@ -94,13 +93,13 @@ def test_gradient_leaves_padding_out(loss: str, padded: int) -> None:
 
 def step_gradients(masks: list[Tensor], coefficient: float) -> dict[str, Tensor]:
     """A step of one micro-batch per mask, as Megatron's schedules and finalize_model_grads run it."""
-    from models.moe import set_trained_tokens
+    from models.common.moe import share_step
 
     trained = torch.stack([mask.sum() for mask in masks])
-    set_trained_tokens(trained.mean())
     with float64():
         model = build_decoder(TINY_MOE, moe_aux_loss_coeff=coefficient).double()
-        roughen(model)
+        share_step(model).mean_trained_tokens = trained.mean()
+        perturb(model)
         for index, mask in enumerate(masks):
             documents = document_inputs([20, 8], TINY_MOE.vocab_size, seed=index)
             inputs = {**pack(documents), "loss_mask": mask}
@@ -131,7 +130,7 @@ def test_loss_mask_leaves_auxiliary_gradients_alone() -> None:
 
 def test_padding_leaves_every_gradient_alone() -> None:
     """Documents with and without padding behind them; to MTP's router a token without a next one is padding too."""
-    from models.moe import set_trained_tokens
+    from models.common.moe import share_step
 
     documents = document_inputs([20, 8], TINY_MOE.vocab_size)
     for document in documents:
@@ -139,12 +138,12 @@ def test_padding_leaves_every_gradient_alone() -> None:
     padded = [{name: nn.functional.pad(value, (0, 4)) for name, value in document.items()} for document in documents]
     for document in padded:
         document["padding_mask"][:, -4:] = True
-    set_trained_tokens(5.0)
     gradients = []
     for inputs in (pack(documents), pack(padded)):
         with float64():
             model = build_decoder(TINY_MOE, moe_aux_loss_coeff=COEFFICIENT).double()
-            roughen(model)
+            share_step(model).mean_trained_tokens = 5.0
+            perturb(model)
             (model(attention_mask=None, **inputs) * inputs["loss_mask"]).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     errors = {name: relative_error(gradients[1][name], gradient) for name, gradient in gradients[0].items()}
@@ -153,7 +152,7 @@ def test_padding_leaves_every_gradient_alone() -> None:
 
 def test_training_without_the_count_is_refused() -> None:
     router = make_router()
-    with pytest.raises(RuntimeError, match="set_trained_tokens"):
+    with pytest.raises(RuntimeError, match="mean_trained_tokens"):
         router(hidden_states(8), None)
     router.eval()(hidden_states(8), None)
     make_router(moe_aux_loss_coeff=0.0)(hidden_states(8), None)
@@ -167,12 +166,10 @@ def test_auxiliary_losses_need_a_loss_per_token() -> None:
 def test_logged_losses_are_means() -> None:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-    from models.moe import set_trained_tokens
-
-    set_trained_tokens(3.0)
     hidden = hidden_states(40)
     with float64():
         router = make_router(moe_z_loss_coeff=0.25)
+        router.step.mean_trained_tokens = 3.0
         router(hidden, None)
         expected = {"load_balancing_loss": balance_loss, "z_loss": z_loss}
         for name, formula in expected.items():

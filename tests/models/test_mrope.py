@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.common.mrope import InterleavedMRoPE, position_ids
 from models.qwen35_vl.configuration import VARIANTS
-from models.qwen35_vl.mrope import InterleavedMRoPE, position_ids
 from tests.hf_reference import IMAGE, VIDEO, hf_config, modeling_qwen3_5, token_types
 
 TINY = VARIANTS["tiny"]
@@ -78,7 +78,13 @@ def random_layout(seed: int) -> tuple[list[int], list[list[int]], list[int]]:
 
 
 def positions_of(tokens: list[int], grids: list[list[int]]) -> Tensor:
-    return position_ids(torch.tensor(tokens), torch.tensor(grids, dtype=torch.int64).view(-1, 3), IDS, MERGE)
+    return position_ids(
+        torch.tensor(tokens),
+        torch.tensor(grids, dtype=torch.int64).view(-1, 3),
+        image_token_id=IDS.image,
+        video_token_id=IDS.video,
+        spatial_merge_size=MERGE,
+    )
 
 
 def test_positions_equal_hf_on_random_layouts():

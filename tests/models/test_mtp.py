@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS
-from runtime.float64 import float64, relative_error
-from tests.build_decoder import build_decoder, document_inputs, pack, roughen
+from proofs.float64 import float64
+from tests.build_decoder import build_decoder, document_inputs, pack, perturb
+from tests.errors import relative_error
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -33,7 +34,7 @@ def clean_log() -> Iterator[None]:
 def make_decoder(**changes: object) -> nn.Module:
     with float64():
         model = build_decoder(TINY, **changes).double()
-    roughen(model)
+    perturb(model)
     return model
 
 
@@ -137,7 +138,7 @@ def test_loss_and_gradients(depths: int) -> None:
 def test_gradients_reach_every_parameter_of_a_sparse_layer() -> None:
     with float64():
         model = build_decoder(VARIANTS["tiny_moe"]).double()
-        roughen(model)
+        perturb(model)
         inputs = pack(make_documents(LENGTHS))
         (model(attention_mask=None, **inputs) * inputs["loss_mask"]).sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.norm() > 0 for p in model.mtp.parameters())
@@ -179,7 +180,7 @@ def test_mtp_needs_a_loss_per_token() -> None:
 def test_shift_stops_at_documents() -> None:
     from megatron.core.parallel_state import get_context_parallel_group
 
-    from models.qwen35_vl.mtp import shift_left
+    from models.common.mtp import shift_left
 
     group = get_context_parallel_group()
     ids = torch.arange(10, 18)[None]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+from models.common.gdn_kernels import GDNKernels, causal_conv, gated_delta_rule
 from models.qwen35_vl.configuration import VARIANTS
-from models.qwen35_vl.gdn_kernels import GDNKernels, causal_conv, gated_delta_rule
-from runtime.float64 import float64, relative_error
-from tests.build_decoder import build_decoder, document_inputs, pack, roughen
+from proofs.float64 import float64
+from tests.build_decoder import build_decoder, document_inputs, pack, perturb
+from tests.errors import relative_error
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -26,7 +27,7 @@ LENGTHS = [9, 1, 3, 40, 2, 100, 31]
 def decoder(request: pytest.FixtureRequest) -> nn.Module:
     with float64():
         model = build_decoder(VARIANTS[request.param]).double()
-    roughen(model)
+    perturb(model)
     return model
 
 
@@ -102,7 +103,7 @@ LEAKS = {
 @pytest.mark.parametrize("leak", LEAKS)
 def test_a_leak_between_documents_shows(decoder: nn.Module, leak: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """test_packed_equals_alone fails with either kernel going on through document borders."""
-    from models.qwen35_vl import gated_delta_net
+    from models.common import gated_delta_net
 
     documents = document_inputs(LENGTHS, vocab_size=1024)
     with float64():

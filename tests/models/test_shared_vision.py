@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS
-from runtime.float64 import float64, relative_error
-from tests.build_decoder import roughen
+from proofs.float64 import float64
+from tests.build_decoder import perturb
 from tests.build_model import build_model
+from tests.errors import relative_error
 from tests.models.test_hf_parity import make_sample
 from tests.ranks import run_on_ranks
 
@@ -33,11 +34,9 @@ def run(model: nn.Module, grids: list[list[list[int]]], *, packed: bool, shared:
     """One micro-batch: patches that each rank encoded; loss and gradients by name, summed over the ranks."""
     from megatron.core import mpu
 
-    from data.batch import collate
+    from data.batch import collate, partition_batch
     from forward_step import model_inputs
-    from models.moe import set_trained_tokens
     from models.qwen35_vl.inputs import Qwen35VLInputs
-    from runtime.context_parallel import partition_batch
 
     group = mpu.get_context_parallel_group()
     batch = collate(
@@ -51,7 +50,7 @@ def run(model: nn.Module, grids: list[list[list[int]]], *, packed: bool, shared:
         vision_ranks=RANKS if shared else 1,
     )
     batch = partition_batch(batch, group)
-    set_trained_tokens(batch.stats.mean_trained_tokens)
+    model.step.mean_trained_tokens = batch.stats.mean_trained_tokens
     encoded: list[int] = []
     hook = model.vision_model.register_forward_pre_hook(
         lambda module, args, kwargs: encoded.append(kwargs["pixel_values"].size(0)), with_kwargs=True
@@ -75,7 +74,7 @@ def compare(folder: Path) -> None:
     rank = torch.distributed.get_rank()
     with float64():
         model = build_model(ARCHITECTURE, folder, torch.float64, "--context-parallel-size", str(RANKS))
-        roughen(model)
+        perturb(model)
         errors: dict[str, float] = {}
         for case, (grids, patches) in CASES.items():
             for packed in (True, False) if case == "three_images" else (True,):

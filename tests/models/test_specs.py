@@ -39,7 +39,7 @@ def kinds(layer_specs: list[Any]) -> list[str]:
     return [spec.submodules.self_attention.module.__name__ for spec in layer_specs]
 
 
-PATTERN = (["Qwen35GatedDeltaNet"] * 3 + ["Qwen35SelfAttention"]) * 2
+PATTERN = (["PackedGatedDeltaNet"] * 3 + ["RotarySelfAttention"]) * 2
 
 
 def test_every_fourth_layer_is_full_attention() -> None:
@@ -100,8 +100,8 @@ def test_mtp_layers() -> None:
         spec = mtp_block_spec(decoder_config(TINY, **changes), get_backend("local"))
         return kinds([layer.submodules.mtp_model_layer for layer in spec.layer_specs])
 
-    assert layers(mtp_num_layers=2) == ["Qwen35SelfAttention"] * 2
-    assert layers(mtp_num_layers=2, mtp_use_repeated_layer=True) == ["Qwen35SelfAttention"]
+    assert layers(mtp_num_layers=2) == ["RotarySelfAttention"] * 2
+    assert layers(mtp_num_layers=2, mtp_use_repeated_layer=True) == ["RotarySelfAttention"]
     assert mtp_block_spec(decoder_config(TINY, mtp_num_layers=None), get_backend("local")) is None
 
 
@@ -122,11 +122,11 @@ def test_a_last_stage_with_mtp_holds_a_tied_weight_once() -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from models.backends import get_backend
-    from models.qwen35_vl.gpt import Qwen35GPTModel
+    from models.common.gpt import MultimodalGPTModel
     from models.qwen35_vl.specs import mtp_block_spec
 
     config = decoder_config(VARIANTS["tiny"])
-    stage = Qwen35GPTModel(
+    stage = MultimodalGPTModel(
         config=config,
         transformer_layer_spec=spec_of(config),
         mtp_block_spec=mtp_block_spec(config, get_backend("local")),

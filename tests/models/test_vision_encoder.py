@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS
-from runtime.float64 import float64, relative_error
+from proofs.float64 import float64
+from tests.errors import relative_error
 from tests.hf_reference import build_hf_vision
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -53,14 +54,14 @@ def build_encoder(dtype: torch.dtype = torch.float32, recompute: bool = False) -
 
 
 def load(encoder: nn.Module, reference: nn.Module) -> None:
-    from models.qwen35_vl.hf_weights import load_hf_state
+    from tests.hf_states import load_hf_state
 
     state = {PREFIX + name: tensor for name, tensor in reference.state_dict().items()}
     load_hf_state(encoder, state, TINY, prefix="vision_model.")
 
 
 def inputs(grid_thw: Tensor) -> dict[str, Any]:
-    from models.qwen35_vl.vision_encoder import vision_inputs
+    from models.qwen35_vl.inputs import vision_inputs
 
     return vision_inputs(grid_thw, VISION)
 
@@ -83,7 +84,7 @@ def run_hf(reference: nn.Module, grid_thw: Tensor, dtype: torch.dtype) -> dict[s
 
 def run_ours(encoder: nn.Module, grid_thw: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The same of the encoder, gradients in HF's names and layouts."""
-    from models.qwen35_vl.hf_weights import export_hf_state
+    from tests.hf_states import export_hf_state
 
     features = encoder(pixels(grid_thw).to(dtype), **inputs(grid_thw))
     features.backward(feature_gradient(features))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runtime.layout_run import PARAMETERS, Watch
-from runtime.layouts import parse_layout
+from proofs.layouts import parse_layout
+from proofs.run import PARAMETERS, Watch
 from runtime.machine import Machine
 from scripts import check_parallel
 

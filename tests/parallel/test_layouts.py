@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from runtime.layouts import parse_layout
+from proofs.layouts import parse_layout
 
 SCRIPT = Path(__file__).parents[2] / "scripts/check_parallel.py"
 

@@ -19,10 +19,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from runtime import cpu, mends
+from runtime import prepare
 
-cpu.enable()
-mends.apply()
+prepare()
 
 import torch  # noqa: E402
 from megatron.core import mpu  # noqa: E402
@@ -30,7 +29,8 @@ from megatron.training import training  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import pretrain_multimodal  # noqa: E402
-from runtime.full_tensors import full_parameters, gather_share, unwrapped  # noqa: E402
+from proofs.full_tensors import full_parameters, gather_share  # noqa: E402
+from runtime.model_builder import unwrapped  # noqa: E402
 
 # What megatron-core reads from a parameter.
 MARKS = (

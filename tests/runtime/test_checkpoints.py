@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from runtime import checkpoints
-from runtime.checkpoints import Start, choose, damage, keep_last, make_room, mend_tracker, problem, read_tracker
+from runtime.checkpoints import Start, choose, damage, keep_last, make_room, problem, read_tracker, repair_tracker
 
 ROOT = Path(__file__).parents[2]
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.ERROR)
@@ -60,7 +60,7 @@ def test_one_that_was_being_saved_isn_t_taken(folder: Path) -> None:
     newer = write(folder, 6, last_file=False)
     start = pick(folder)
     assert (start.folder, start.step) == (folder / "iter_0000004", None)
-    assert start.remarks == (
+    assert start.warnings == (
         f"starting from {folder / 'iter_0000004'}",
         f"{newer} isn't taken: it has no metadata.json: the run ended while saving it",
     )
@@ -71,7 +71,7 @@ def test_complete_but_not_named_yet(folder: Path) -> None:
     newer = write(folder, 6)
     start = pick(folder)
     assert start.folder == folder / "iter_0000004"
-    assert start.remarks[1].startswith(f"{newer} isn't taken") and "--ckpt-step 6 takes it" in start.remarks[1]
+    assert start.warnings[1].startswith(f"{newer} isn't taken") and "--ckpt-step 6 takes it" in start.warnings[1]
     assert pick(folder, 6) == Start(newer)
 
 
@@ -80,27 +80,27 @@ def test_corrupt_tracker(folder: Path, text: str) -> None:
     (folder / checkpoints.TRACKER).write_text(text)
     start = pick(folder)
     assert (start.folder, start.step) == (folder / "iter_0000004", 4)
-    assert "is empty or corrupt" in start.remarks[1]
-    mend_tracker(folder, "torch_dist")
+    assert "is empty or corrupt" in start.warnings[1]
+    repair_tracker(folder, "torch_dist")
     assert read_tracker(folder) == 4
 
 
 def test_missing_tracker(folder: Path) -> None:
     (folder / checkpoints.TRACKER).unlink()
-    assert pick(folder).step == 4 and "is missing" in pick(folder).remarks[1]
+    assert pick(folder).step == 4 and "is missing" in pick(folder).warnings[1]
 
 
 def test_tracker_names_what_isn_t_there(folder: Path) -> None:
     (folder / checkpoints.TRACKER).write_text("8")
     start = pick(folder)
-    assert start.step == 4 and f"names 8, but {folder / 'iter_0000008'} is missing" in start.remarks[1]
+    assert start.step == 4 and f"names 8, but {folder / 'iter_0000008'} is missing" in start.warnings[1]
 
 
 def test_killed_in_the_first_save(tmp_path: Path) -> None:
     write(tmp_path, 2, last_file=False)
     start = pick(tmp_path)
     assert start.folder is None and start.problem is None
-    assert "isn't taken" in start.remarks[0] and "training starts anew" in start.remarks[1]
+    assert "isn't taken" in start.warnings[0] and "training starts anew" in start.warnings[1]
 
 
 def test_nothing_to_start_from(tmp_path: Path) -> None:

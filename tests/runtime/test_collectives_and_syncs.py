@@ -60,7 +60,7 @@ def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
     from models import MODEL_REGISTRY
     from pretrain_multimodal import model_provider
 
-    args = arguments.parse([*FLAGS, *flags, "--context-parallel-size", str(ranks)])
+    args = arguments.parse(arguments.preflight_or_exit([*FLAGS, *flags, "--context-parallel-size", str(ranks)]))
     spec = MODEL_REGISTRY[args.model_arch]
     train, _, _ = dataset_provider(args, spec, None)([None, None, None])
     (model,) = get_model(partial(model_provider, spec, args), ModelType.encoder_or_decoder)

@@ -17,10 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime import cpu, mends
+from runtime import prepare
 
-cpu.enable()
-mends.apply()
+prepare()
 
 import torch  # noqa: E402
 from megatron.core import mpu  # noqa: E402

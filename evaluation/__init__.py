@@ -1,0 +1,1 @@
+"""A trained model in transformers, and how good its answers are."""

@@ -1,0 +1,245 @@
+"""A trained model in transformers: the folder that `--load` means, its model and processor, answers, loss.
+
+There is no second implementation: scripts/generate.py and scripts/evaluate.py run the exported weights, as anyone who
+gets them will.
+
+B rows, S tokens of the longest, P patches, I images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from data.conversation import Conversation
+from data.images import open_image
+from data.processor import contradiction, read_processor
+from data.sample import TURN_END, Sample, SampleOptions, build_sample
+from runtime.checkpoints import TRACKER
+from weights.check import hf_weights_of
+from weights.checkpoint import export_checkpoint
+from weights.folder import read_config
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedModel, ProcessorMixin
+
+_GPU_KERNELS = ("fla", "causal_conv1d")
+
+
+@contextlib.contextmanager
+def without_gpu_kernels() -> Iterator[None]:
+    """Hide flash-linear-attention and causal-conv1d while transformers' modeling files are imported.
+
+    The files bind whatever kernels they find, and these don't run on a CPU.
+    """
+    found = {name: sys.modules.get(name) for name in _GPU_KERNELS}
+    sys.modules |= dict.fromkeys(_GPU_KERNELS)  # importing a name that is None there fails
+    try:
+        yield
+    finally:
+        for name, module in found.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+@contextlib.contextmanager
+def weights_folder(load: Path) -> Iterator[Path]:
+    """The HuggingFace folder that `--load` means: itself, or what a checkpoint is exported to for the while.
+
+    Raises:
+        ValueError: neither a HuggingFace folder nor a checkpoint, or one that can't be exported.
+    """
+    load = load.expanduser()
+    if not load.is_dir():
+        raise ValueError(f"--load {load}: no such folder")
+    if (load / "config.json").is_file():
+        yield load
+    elif (load / TRACKER).is_file() or (load / ".metadata").is_file():
+        with tempfile.TemporaryDirectory(prefix="exported-") as folder:
+            yield export_checkpoint(load, Path(folder) / "hf")
+    else:
+        inside = load / "checkpoints"
+        hint = f"; did you mean {inside}?" if (inside / TRACKER).is_file() else ""
+        raise ValueError(
+            f"--load {load}: neither a HuggingFace folder (no config.json) nor a checkpoint (no {TRACKER}){hint}"
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: without the end of the turn. finished: the model ended it, before the limit."""
+
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """A model and its processor.
+
+    `model` is a ForConditionalGeneration of the family that config.json names, in evaluation mode.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+    @classmethod
+    def load(cls, folder: Path) -> HfModel:
+        """Read a HuggingFace folder: on the GPU in the dtype it is stored in, on a CPU in float32.
+
+        Raises:
+            ValueError: an architecture that isn't ours, no processor or one of another model, weights that are
+                missing, misshapen or damaged.
+        """
+        import transformers
+
+        has_gpu = torch.cuda.is_available()
+        if not has_gpu:
+            transformers.logging.set_verbosity_error()  # it would advise to install the GPU's kernels
+        transformers.logging.disable_progress_bar()
+        config = read_config(folder)
+        hf_weights_of(config, folder)  # refuses other architectures
+        processor = read_processor(str(folder), "--load")
+        if problem := contradiction(processor, config):
+            raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")
+        try:
+            with contextlib.nullcontext() if has_gpu else without_gpu_kernels():
+                model, found = transformers.AutoModelForImageTextToText.from_pretrained(
+                    folder,
+                    dtype="auto" if has_gpu else torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"--load {folder}: transformers can't load it: {error}") from error
+        if missing := sorted(found["missing_keys"]):
+            listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(f"--load {folder}: {len(missing)} weights are missing: {listed}")
+        return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor)
+
+    def question(
+        self,
+        text: str,
+        images: Sequence[Path],
+        *,
+        max_new_tokens: int,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Sample:
+        """A question with the images before its text, encoded as training would: `prompts` makes it a prompt.
+
+        Args:
+            max_new_tokens: room to be left for the answer.
+            min_pixels, max_pixels: area that images are resized into; None is the processor's own limit.
+
+        Raises:
+            ValueError: an image that can't be read, is too long and thin, or takes more tokens than the model has
+                positions.
+        """
+        content = [*({"type": "image", "image": _read_image(path)} for path in images), {"type": "text", "text": text}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": ""}]
+        positions = self.model.config.get_text_config().max_position_embeddings
+        options = SampleOptions(positions - max_new_tokens, min_pixels, max_pixels)
+        sample, outcome = build_sample(Conversation(turns, id="question"), self.processor, options)
+        if sample is None:
+            raise ValueError(
+                f"{outcome}: text and images take more than the {options.seq_len} tokens that {positions} positions "
+                f"leave beside an answer of {max_new_tokens}; --max-pixels makes images smaller"
+            )
+        return sample
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Inputs of samples up to their last answers, token for token as training saw them."""
+        return self._inputs(samples, [_answer_start(sample) for sample in samples])
+
+    def generate(self, inputs: dict[str, Tensor], max_new_tokens: int, temperature: float = 0.0) -> list[Answer]:
+        """One answer for each row of what `prompts` gives.
+
+        Args:
+            temperature: 0 takes the likeliest token each time, else tokens are drawn.
+        """
+        tokenizer = self.processor.tokenizer
+        stops = {tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id} - {None}
+        with torch.inference_mode():
+            generated = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                top_k=None,
+                top_p=None,
+                eos_token_id=sorted(stops),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        answers = []
+        for row in generated[:, inputs["input_ids"].size(1) :].tolist():
+            length = next((place for place, token in enumerate(row) if token in stops), len(row))
+            text = tokenizer.decode(row[:length], clean_up_tokenization_spaces=False)
+            answers.append(Answer(text, finished=length < len(row)))
+        return answers
+
+    def loss(self, samples: Sequence[Sample]) -> tuple[float, int]:
+        """Sum of the losses of the samples' trained tokens, in nats, and their number."""
+        inputs = self._inputs(samples, [len(sample.input_ids) for sample in samples])
+        trained = _pad([sample.trained for sample in samples], False).to(self.model.device)
+        with torch.inference_mode():
+            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+            # Logits of the trained tokens alone: all of a batch's over a real vocabulary would take gigabytes.
+            logits = self.model.get_output_embeddings()(hidden[:, :-1][trained[:, 1:]])
+            targets = inputs["input_ids"][:, 1:][trained[:, 1:]]
+            total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return total.item(), targets.numel()
+
+    def _inputs(self, samples: Sequence[Sample], lengths: Sequence[int]) -> dict[str, Tensor]:
+        """The first tokens of each sample as a batch, padded on the left so that all end together.
+
+        input_ids, attention_mask, mm_token_type_ids: [B, S] int64; pixel_values [P, D], image_grid_thw [I, 3].
+        """
+        rows = [sample.input_ids[:length] for sample, length in zip(samples, lengths, strict=True)]
+        input_ids = _pad(rows, self.processor.tokenizer.pad_token_id)
+        inputs = {"input_ids": input_ids, "attention_mask": _pad([torch.ones_like(row) for row in rows], 0)}
+        if any(len(sample.grid_thw) for sample in samples):
+            inputs |= {
+                "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
+                "image_grid_thw": torch.cat([sample.grid_thw for sample in samples]),
+                "mm_token_type_ids": (input_ids == self.processor.image_token_id).long(),
+            }
+        dtype = self.model.dtype
+        return {
+            name: tensor.to(self.model.device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in inputs.items()
+        }
+
+
+def _pad(rows: list[Tensor], value: int) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+
+
+def _answer_start(sample: Sample) -> int:
+    """Index of the last answer's first trained token: what stands before it is the prompt."""
+    before = sample.trained.roll(1)
+    before[0] = False
+    return int((sample.trained & ~before).nonzero()[-1, 0])
+
+
+def _read_image(path: Path) -> Image.Image:
+    try:
+        image = open_image(path)
+        image.load()
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
+        raise ValueError(f"image {path} can't be read: {error}") from error
+    return image

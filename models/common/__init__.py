@@ -1,0 +1,1 @@
+"""Layers that are not one architecture's alone."""

@@ -1,0 +1,1 @@
+"""Layouts against one rank: the same model, the same batch, gradient by gradient."""

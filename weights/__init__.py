@@ -1,0 +1,1 @@
+"""HuggingFace folders in and out: of a running job, and of checkpoints."""

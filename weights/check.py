@@ -1,0 +1,106 @@
+"""A HuggingFace folder against an architecture's table, before anything heavy: imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from models import MODEL_REGISTRY
+from models.spec import HfWeights
+from models.weight_map import WeightMap
+from weights.folder import FolderError, HfFolder, TensorInfo
+
+# What is fetched of a hub repository: to check a command line, and to train.
+DESCRIPTION = ("*.json", "*.txt", "*.jinja")
+EVERYTHING = ("*.safetensors", *DESCRIPTION)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def hf_weights_of(config: Mapping[str, Any], path: Path) -> HfWeights:
+    """The table for a folder's `model_type`.
+
+    Raises:
+        FolderError: another architecture.
+    """
+    known: list[str] = []
+    for spec in MODEL_REGISTRY.values():
+        if spec.hf_weights is not None:
+            if config.get("model_type") in spec.hf_weights.model_types:
+                return spec.hf_weights
+            known += spec.hf_weights.model_types
+    raise FolderError(
+        path, [f"config.json has model_type {config.get('model_type')!r}; there are tables for {', '.join(known)}"]
+    )
+
+
+def check_folder(spec: HfWeights, folder: HfFolder, config: Mapping[str, Any]) -> WeightMap:
+    """The mapping of a folder's tensors to the model that `config` describes, which all of them fit.
+
+    Raises:
+        FolderError: tensors missing, unknown or misshapen, a tokenizer that the embedding hasn't the rows for; lists
+            everything.
+    """
+    mapping = spec.mapping(config, folder.shapes)
+    problems = mapping.check(folder.shapes)
+    rows = spec.vocab_size(config)
+    highest = highest_token_id(folder.path)
+    if highest is not None and highest >= rows:
+        problems.append(f"tokenizer.json has ids up to {highest}, and the vocabulary has {rows} rows")
+    if problems:
+        raise FolderError(folder.path, problems)
+    return mapping
+
+
+def highest_token_id(path: Path) -> int | None:
+    """The largest id of `path/tokenizer.json`; None if there is none.
+
+    Raises:
+        FolderError: it isn't the JSON that the tokenizers library writes.
+    """
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        tokenizer = json.loads(file.read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        return max([*ids, *(token["id"] for token in tokenizer["added_tokens"])])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FolderError(path, [f"tokenizer.json can't be read: {error!r}"]) from error
+
+
+def tensor_infos(spec: HfWeights, mapping: WeightMap, record: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """What to write for a model: each tensor in the dtype that its source had, or the architecture's usual one."""
+    return {
+        name: TensorInfo(shape, record[name] if name in record else spec.dtype(name))
+        for name, shape in mapping.tensors.items()
+    }
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether it can only be a repository's name: no such folder, and the right form."""
+    return not Path(path).expanduser().exists() and _HUB_NAME.fullmatch(path) is not None
+
+
+def local_folder(path: str, patterns: Iterable[str] = EVERYTHING) -> Path:
+    """A folder, or a hub repository's snapshot: fetched by one process of this node, while the others wait for it.
+
+    Raises:
+        FolderError: it can't be fetched.
+    """
+    if not is_hub_name(path):
+        return Path(path).expanduser()
+    import filelock
+    from huggingface_hub import constants, snapshot_download
+
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(cache / f".{path.replace('/', '--')}.lock"):
+        try:
+            # Whoever comes second finds everything there.
+            return Path(snapshot_download(path, allow_patterns=list(patterns)))
+        except Exception as error:  # the client's own errors, and those of what it is built on
+            raise FolderError(path, [f"no such folder, and fetching it from the hub failed: {error}"]) from error

@@ -1,0 +1,453 @@
+"""A HuggingFace folder: reading its headers, slices of its tensors, and writing one.
+
+Knows no architecture. Reading headers needs no torch, so that the launcher's preflight can do it; a tensor's data is
+read when a slice of it is asked for, through the file's mapping, and written into the mapping of the new file: neither
+takes memory of its own beyond the slice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Bytes of the dtypes that weights come in, as safetensors spells them; others are refused.
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Written beside config.json in a checkpoint's hf/: dtype of every tensor of the folder that training started from.
+RECORD = "tensors.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_LARGEST_COMPANION = 200 * 2**20  # bytes; tokenizers have tens of MB
+
+
+class FolderError(ValueError):
+    """A folder that can't be read or written; one entry per problem, each naming the file or the tensor."""
+
+    def __init__(self, path: Path | str, problems: list[str]) -> None:
+        super().__init__("\n  ".join([f"{path}:", *problems]) if len(problems) > 1 else f"{path}: {problems[0]}")
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """A folder's headers.
+
+    config: its config.json.
+    files: tensor name -> the file that holds it.
+    shapes, dtypes: of every tensor; dtypes as safetensors spells them.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    files: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+    @classmethod
+    def open(cls, path: Path | str) -> HfFolder:
+        """Read config.json, the index and every shard's header.
+
+        Raises:
+            FolderError: no such folder, no safetensors, an index that doesn't fit its files, a damaged shard, tensors
+                that aren't floating-point numbers; lists everything found.
+        """
+        path = Path(path).expanduser()
+        config = read_config(path)
+        listed = _listed_files(path)
+        problems: list[str] = []
+        files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
+        for file, expected in listed.items():
+            try:
+                found = _header(path / file)
+            except FolderError as error:
+                problems += error.problems
+                continue
+            if expected is not None:
+                problems += [
+                    f"{file} lacks {name}, which {INDEX} places there" for name in sorted(expected - found.keys())
+                ]
+                problems += [
+                    f"{file} holds {name}, which {INDEX} doesn't list there" for name in sorted(found.keys() - expected)
+                ]
+            for name, (shape, dtype) in found.items():
+                if dtype not in ITEM_SIZES:
+                    problems.append(f"{name}: dtype {dtype}; weights have to be one of {', '.join(ITEM_SIZES)}")
+                files[name], shapes[name], dtypes[name] = path / file, shape, dtype
+        if problems:
+            raise FolderError(path, problems)
+        return cls(path, config, files, shapes, dtypes)
+
+    @cached_property
+    def bytes(self) -> int:
+        return sum(prod(shape) * ITEM_SIZES[self.dtypes[name]] for name, shape in self.shapes.items())
+
+    def sidecar_files(self) -> list[Path]:
+        """Tokenizer, processor and whatever small files lie beside the weights and config.json; no code, no pickles."""
+        return sidecar_files(self.path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`path/config.json`.
+
+    Raises:
+        FolderError: no such folder or file, or not a JSON object.
+    """
+    if not path.is_dir():
+        raise FolderError(path, ["no such folder"])
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise FolderError(path, ["it has no config.json; give a HuggingFace model folder"]) from None
+    except (OSError, ValueError) as error:
+        raise FolderError(path, [f"config.json: {error}"]) from error
+    if not isinstance(config, dict):
+        raise FolderError(path, ["config.json isn't a JSON object"])
+    return config
+
+
+def sidecar_files(path: Path) -> list[Path]:
+    """See `HfFolder.sidecar_files`."""
+    left_out = {"config.json", RECORD, INDEX}
+    return sorted(
+        file
+        for file in path.iterdir()
+        if file.is_file()
+        and not file.name.startswith(".")
+        and file.name not in left_out
+        and file.suffix not in (".safetensors", ".py", *_PICKLES)
+        and not file.name.endswith(".index.json")
+        and file.stat().st_size <= _LARGEST_COMPANION
+    )
+
+
+def has_weights(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("*.safetensors"))
+
+
+def has_processor(path: Path) -> bool:
+    return any((path / name).is_file() for name in PROCESSOR_FILES)
+
+
+def _listed_files(path: Path) -> dict[str, set[str] | None]:
+    """Shards, each with the tensors that the index places there (None without an index)."""
+    if (path / INDEX).is_file():
+        try:
+            weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+            entries = dict(weight_map.items())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise FolderError(path, [f"{INDEX} has no weight_map that can be read: {error!r}"]) from error
+        problems, listed = [], {}
+        for name, file in entries.items():
+            listed.setdefault(file if isinstance(file, str) else repr(file), set()).add(name)
+        for file in listed:
+            # A plain name of this folder: an index must not reach other files of the machine.
+            if file in ("", ".", "..") or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+                problems.append(f"{INDEX} names {file!r}, which isn't a safetensors file of this folder")
+            elif not (path / file).is_file():
+                problems.append(f"{INDEX} names {file}, which is missing")
+        if problems:
+            raise FolderError(path, problems)
+        return dict(listed)
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if len(found) == 1:
+        return {found[0]: None}
+    if found:
+        raise FolderError(path, [f"{len(found)} safetensors files and no {INDEX}"])
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise FolderError(
+            path,
+            [
+                f"{pickles[0]} is a pickle, and loading one runs whatever code is in it: only safetensors is read; "
+                "convert it with transformers on a machine you can lose (model.save_pretrained writes safetensors)"
+            ],
+        )
+    raise FolderError(path, ["it has no safetensors file"])
+
+
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a file; safetensors checks offsets, shapes and the file's length."""
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except SafetensorError as error:
+        raise FolderError(file.parent, [f"{file.name} is cut short or damaged: {error}"]) from error
+    except OSError as error:
+        raise FolderError(file.parent, [f"{file.name}: {error}"]) from error
+
+
+# Reading data
+
+
+class FolderTensors(Mapping[str, "FolderTensor"]):
+    """Slices of a folder's tensors, read when indexed.
+
+    not_finite: names of tensors in which a slice with NaN or infinity was read.
+    unequal: (name, name of its copy) where a slice differs from the same slice of the copy.
+    """
+
+    def __init__(self, folder: HfFolder, copies: Mapping[str, str], progress: Any) -> None:
+        self.folder = folder
+        self.copies = {name: copy for name, copy in copies.items() if copy in folder.shapes}
+        self.progress = progress
+        self.not_finite: set[str] = set()
+        self.unequal: set[tuple[str, str]] = set()
+        self._opened: dict[Path, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.folder.shapes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.folder.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.folder.shapes
+
+    def __getitem__(self, name: str) -> FolderTensor:
+        return FolderTensor(self, name)
+
+    def read(self, name: str, index: tuple[slice | int, ...]) -> Tensor:
+        """A slice of a tensor; a view of the file's mapping where it can be one."""
+        import torch
+
+        values = self._slice(name, index)
+        if values.numel():
+            # NaN and infinity both show in the extremes, which need no copy.
+            extremes = torch.stack(torch.aminmax(values))
+            if not extremes.isfinite().all():
+                self.not_finite.add(name)
+        copy = self.copies.get(name)
+        if copy is not None and not torch.equal(values, self._slice(copy, index)):
+            self.unequal.add((name, copy))
+        self.progress.update(values.nbytes)
+        return values
+
+    def _slice(self, name: str, index: tuple[slice | int, ...]) -> Tensor:
+        file = self.folder.files[name]
+        if file not in self._opened:
+            try:
+                self._opened[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise FolderError(self.folder.path, [f"{file.name}: {error}"]) from error
+        return self._opened[file].get_slice(name)[index]
+
+
+@dataclass(frozen=True)
+class FolderTensor:
+    """One tensor of a folder (`models.weight_map.Sliceable`)."""
+
+    tensors: FolderTensors
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensors.folder.shapes[self.name]
+
+    def __getitem__(self, index: tuple[slice | int, ...]) -> Tensor:
+        return self.tensors.read(self.name, index)
+
+
+@contextmanager
+def open_tensors(
+    folder: HfFolder,
+    copies: Mapping[str, str] | None = None,
+    *,
+    title: str,
+    total: int | None = None,
+    quiet: bool = False,
+) -> Iterator[FolderTensors]:
+    """Slices of a folder's tensors, with progress on stderr.
+
+    Args:
+        copies: see `models.weight_map.WeightMap`; slices of both are compared.
+        title: what the progress line calls it.
+        total: bytes that will be read; the whole folder's by default.
+        quiet: show none.
+    """
+    from tqdm import tqdm
+
+    total = folder.bytes if total is None else total
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=quiet, mininterval=1) as progress:
+        yield FolderTensors(folder, copies or {}, progress)
+
+
+# Writing
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """safetensors' spelling -> torch's."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor to be written; dtype as safetensors spells it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "300MB", "4096"; units are powers of ten, as transformers' `max_shard_size`.
+
+    Raises:
+        ValueError: not a size.
+    """
+    number = text.strip().upper()
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("B", 1), ("", 1)):
+        if number.endswith(unit):
+            try:
+                size = int(float(number[: len(number) - len(unit)]) * factor)
+            except ValueError:
+                break
+            if size > 0:
+                return size
+            break
+    raise ValueError(f"{text!r} isn't a size such as 5GB or 300MB")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that becomes `target` when the block succeeds, and disappears when it doesn't.
+
+    Raises:
+        FolderError: `target` is there already, and not empty.
+    """
+    target = target.absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FolderError(target, ["it is there already; give a new folder"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's is the owner's alone
+        os.replace(temporary, target)
+    except BaseException:  # Ctrl-C included
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_tensors(
+    folder: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int, *, title: str, quiet: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Write safetensors shards, a tensor at a time.
+
+    Args:
+        folder: there already.
+        tensors: what to write; see `write_order`.
+        max_shard_size: bytes of a shard, unless one tensor alone is larger.
+
+    Yields:
+        (name, tensor): a view of the file's mapping, to be filled in before the next is asked for.
+
+    Raises:
+        FolderError: the disk hasn't the room.
+    """
+    from tqdm import tqdm
+
+    shards = _shards(tensors, max_shard_size)
+    total = sum(info.bytes for info in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise FolderError(folder, [f"{total:,} bytes are to be written, and the disk has {free:,} left"])
+    if len(shards) == 1:
+        files = [SINGLE]
+    else:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=quiet, mininterval=1) as progress:
+        for file, names in zip(files, shards, strict=True):
+            for name, tensor in _write_shard(folder / file, {name: tensors[name] for name in names}):
+                yield name, tensor
+                progress.update(tensor.nbytes)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": {name: weight_map[name] for name in tensors}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_order(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> list[str]:
+    """The order in which `write_tensors` asks for values."""
+    return [name for names in _shards(tensors, max_shard_size) for name in _inner_order(names, tensors)]
+
+
+def _inner_order(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Wide items first, as the library has it: every tensor starts at a multiple of its item's size."""
+    return sorted(names, key=lambda name: -ITEM_SIZES[tensors[name].dtype])
+
+
+def _shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, info in tensors.items():
+        if shards[-1] and filled + info.bytes > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += info.bytes
+    return shards
+
+
+def _write_shard(file: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """One file in the format of https://github.com/huggingface/safetensors#format.
+
+    The library's own writer wants all of a file's tensors in memory.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ordered = _inner_order(tensors, tensors)
+    end = 0
+    for name in ordered:
+        info = tensors[name]
+        start, end = end, end + info.bytes
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    start_of_data = 8 + len(encoded)
+    with file.open("wb") as opened:
+        opened.write(len(encoded).to_bytes(8, "little") + encoded)
+        opened.flush()
+        # Reserved now: a full disk is an error here, and a crash when a mapped page finds no room.
+        try:
+            os.posix_fallocate(opened.fileno(), 0, start_of_data + end)
+        except OSError as error:
+            raise FolderError(file.parent, [f"{file.name}, {start_of_data + end:,} bytes: {error.strerror}"]) from error
+    mapping = torch.from_file(str(file), shared=True, size=start_of_data + end, dtype=torch.uint8)
+    for name in ordered:
+        info = tensors[name]
+        first, last = (start_of_data + offset for offset in header[name]["data_offsets"])
+        yield name, mapping[first:last].view(torch_dtype(info.dtype)).view(info.shape)
+    del mapping
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,313 @@
+"""HuggingFace weights into and out of a running job: `--load-hf` and `--save-hf`.
+
+Loading happens once the model is wrapped and before the optimizer exists, so that DDP's buffers, FSDP's shards and the
+optimizer's fp32 copies all start from the loaded values, whether the model was built in memory or on the meta device.
+Every rank reads its own slices. Saving sends each tensor's pieces from the ranks that own them to rank 0, one tensor
+after the other. Knows no architecture.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
+from megatron.training.checkpointing import checkpoint_exists
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from models import MODEL_REGISTRY
+from models.base import MultimodalModel
+from models.spec import HfWeights
+from models.weight_map import LocalShard, Rank, TensorSlice, WeightMap, WeightMismatch, fill, plan, whole
+from runtime.checkpoints import folder_name
+from runtime.model_builder import unwrapped
+from weights.check import check_folder, tensor_infos
+from weights.folder import (
+    ITEM_SIZES,
+    HfFolder,
+    has_weights,
+    new_folder,
+    open_tensors,
+    parse_size,
+    torch_dtype,
+    write_order,
+    write_tensors,
+)
+
+Region = tuple[slice | int, ...]
+
+
+def starts_from_hf(args: Namespace) -> bool:
+    """Whether `--load-hf` gives the weights: an existing checkpoint of `--load` goes on instead."""
+    return args.load_hf is not None and not checkpoint_exists(args.load)
+
+
+def load_hf(args: Namespace, chunks: list[nn.Module]) -> list[nn.Module]:
+    """Fill the wrapped model from `--load-hf`, unless a checkpoint is to be loaded; a hook after wrapping.
+
+    Raises:
+        FolderError, WeightMismatch: on every rank, before anything is written; for NaN and infinity after reading.
+    """
+    if args.load_hf is None:
+        return chunks
+    if not starts_from_hf(args):
+        if args.rank == 0:
+            print(f"--load-hf {args.load_hf}: not read, since --load {args.load} has a checkpoint to go on from")
+        return chunks
+    model_spec = MODEL_REGISTRY[args.model_arch]
+    spec, config = model_spec.hf_weights, model_spec.hf_config(args)
+    folder = HfFolder.open(args.load_hf)
+    mapping = check_folder(spec, folder, config)
+    if args.rank == 0:
+        for notice in (*ignored_tensors(mapping, folder), *rounded_tensors(args, spec, folder)):
+            print(f"notice: {folder.path}: {notice}")
+    own = sum(
+        local_shard(parameter).tensor.numel() * ITEM_SIZES[folder.dtypes[next(mapping.sources[name].row_ranges).name]]
+        for chunk in chunks
+        for local_shard in [shard_of(chunk)]
+        for name, parameter in spec.parameters(config, unwrapped(chunk))
+        if name in mapping.sources
+    )
+    title = f"rank 0 reads its part of {folder.path}"
+    with open_tensors(folder, mapping.copies, title=title, total=own, quiet=args.rank != 0) as tensors:
+        for chunk in chunks:
+            model = unwrapped(chunk)
+            fill(mapping, spec.parameters(config, model), Rank.of(model.pg_collection), tensors, shard_of(chunk))
+            for fsdp in _fsdp_modules(chunk):
+                fsdp.install_optimized_model_weights()
+    check_values(tensors.not_finite, tensors.unequal, args.allow_nonfinite_weights)
+    return chunks
+
+
+def ignored_tensors(mapping: WeightMap, folder: HfFolder) -> Iterator[str]:
+    """What the folder has and the model doesn't take, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name in folder.shapes:
+        if name not in mapping.tensors and (reason := mapping.reason_to_ignore(name)) is not None:
+            reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        yield f"{len(names)} tensors left out, {names[0]} the first: {reason}"
+
+
+def rounded_tensors(args: Namespace, spec: HfWeights, folder: HfFolder) -> Iterator[str]:
+    """What the run's precision can't hold."""
+    own = "BF16" if args.bf16 else "F16" if args.fp16 else None
+    rounded = [
+        name for name, dtype in folder.dtypes.items() if own and dtype != own and spec.dtype(name) not in ("F32", dtype)
+    ]
+    if rounded:
+        yield f"{len(rounded)} tensors, {rounded[0]} the first, are rounded from {folder.dtypes[rounded[0]]} to {own}"
+
+
+def check_values(not_finite: set[str], unequal: set[tuple[str, str]], allow_nonfinite: bool) -> None:
+    """Refuse bad values that any rank has read; collective.
+
+    Raises:
+        WeightMismatch: on all ranks, naming the tensors.
+    """
+    problems = []
+    if not allow_nonfinite:
+        problems += [f"{name}: has NaN or infinity (--allow-nonfinite-weights loads it)" for name in not_finite]
+    problems += [f"{copy}: differs from {name}, to which config.json ties it" for name, copy in unequal]
+    if dist.is_initialized():
+        # One number first: lists of objects only where there is something to say.
+        found = torch.tensor(len(problems), device=torch.cuda.current_device())
+        dist.all_reduce(found)
+        if not found.item():
+            return
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, problems)
+        problems = sorted({problem for some in of_ranks for problem in some})
+    if problems:
+        raise WeightMismatch(problems)
+
+
+def shard_of(chunk: nn.Module) -> Callable[[nn.Parameter], LocalShard]:
+    """What this rank holds of a parameter: under Megatron-FSDP some rows, of the fp32 copy where there is one."""
+    sharded = {
+        id(parameter): distributed
+        for fsdp in _fsdp_modules(chunk)
+        for _, distributed in fsdp.param_and_grad_buffer.optimizer_named_parameters
+        for parameter in (distributed, distributed.orig_param)
+    }
+
+    def local_shard(parameter: nn.Parameter) -> LocalShard:
+        distributed = sharded.get(id(parameter))
+        if distributed is None or not isinstance(distributed.data, DTensor):
+            return whole(parameter)
+        shape = tuple(distributed.orig_param.shape)  # tensor parallelism's share
+        rows = distributed.data.to_local().view(-1, *shape[1:])  # megatron-core cuts between rows
+        if len(rows) == shape[0]:
+            return LocalShard(shape, rows)
+        # megatron-core's own attribute: elements of the flattened share.
+        return LocalShard(
+            shape, rows, distributed.megatron_fsdp_slice.start * shape[0] // distributed.orig_param.numel()
+        )
+
+    return local_shard
+
+
+def _fsdp_modules(chunk: nn.Module) -> list[MegatronFSDP]:
+    return [module for module in chunk.modules() if isinstance(module, MegatronFSDP)]
+
+
+# Saving
+
+
+class HfExporter:
+    """`--save-hf`: DIR at the end, or DIR/iter_0000100 and so on every `--save-hf-interval` iterations and at the end.
+
+    Megatron calls `finalize_model_grads` where all ranks are between backward and the optimizer's step: the weights
+    are those of `args.curr_iteration`, and nobody waits for a pipeline neighbour.
+
+    Args:
+        record: dtype of every tensor of the folder that training came from; empty if it came from none.
+        write_sidecar_files: writes config.json, tokenizer and processor into a folder.
+    """
+
+    def __init__(self, args: Namespace, record: dict[str, str], write_sidecar_files: Callable[[Path], None]) -> None:
+        self.args = args
+        self.record = record
+        self.write_sidecar_files = write_sidecar_files
+        self.chunks: list[nn.Module] = []
+
+    def attach(self, chunks: list[nn.Module]) -> list[nn.Module]:
+        """Remember the wrapped model, and be called every step; a hook after wrapping."""
+        from megatron.core.distributed import finalize_model_grads
+
+        def finalize(*args: Any, **kwargs: Any) -> None:
+            iteration = self.args.curr_iteration
+            if iteration > 0 and iteration % self.args.save_hf_interval == 0:
+                self.save(iteration)
+            finalize_model_grads(*args, **kwargs)
+
+        self.chunks = chunks
+        if self.args.save_hf is not None and self.args.save_hf_interval is not None:
+            for chunk in chunks:
+                unwrapped(chunk).config.finalize_model_grads_func = finalize
+        return chunks
+
+    def finish(self) -> None:
+        """After training."""
+        if self.args.save_hf is not None:
+            self.save(self.args.iteration if self.args.skip_train else self.args.train_iters)
+
+    def save(self, iteration: int) -> None:
+        """Write this iteration's folder; collective."""
+        target = Path(self.args.save_hf)
+        if self.args.save_hf_interval is not None:
+            target /= folder_name(iteration)
+        there = torch.tensor(int(has_weights(target)), device=torch.cuda.current_device())
+        dist.broadcast(there, src=0)
+        if not there.item():
+            save_hf(self.args, self.chunks, target, self.record, self.write_sidecar_files)
+        elif self.args.rank == 0:
+            print(f"--save-hf: {target} is there already, and stays as it is")
+
+
+def save_hf(
+    args: Namespace,
+    chunks: list[nn.Module],
+    target: Path,
+    record: dict[str, str],
+    write_sidecar_files: Callable[[Path], None],
+) -> None:
+    """Write the model as a HuggingFace folder; collective, rank 0 writes.
+
+    Raises:
+        FolderError: on rank 0: the target is there, the disk is full.
+        WeightMismatch: parameters without source, or tensors that the ranks don't cover.
+    """
+    model_spec = MODEL_REGISTRY[args.model_arch]
+    spec, config = model_spec.hf_weights, model_spec.hf_config(args)
+    mapping = spec.mapping(config, record)
+    infos = tensor_infos(spec, mapping, record)
+    own: dict[str, list[tuple[Region, Tensor]]] = {}
+    for chunk in chunks:
+        model = unwrapped(chunk)
+        for piece, values in _owned(mapping, spec.parameters(config, model), model, chunk):
+            own.setdefault(piece.name, []).append((piece.foreign_index, values))
+    senders = _who_sends(own)
+    size = parse_size(args.max_shard_size)
+    if args.rank != 0:
+        for name in write_order(infos, size):
+            if name in own:
+                values = [values.reshape(-1) for _, values in own[name]]
+                dist.send(torch.cat(values).to(torch_dtype(infos[name].dtype)), dst=0)
+        return
+    with new_folder(target) as folder:
+        for name, tensor in write_tensors(folder, infos, size, title=f"writing {target}"):
+            covered = 0
+            for rank, regions in senders.get(name, {}).items():
+                targets = [tensor[region] for region in regions]
+                if rank == 0:
+                    parts = [values for _, values in own[name]]
+                else:
+                    counts = [part.numel() for part in targets]
+                    received = torch.empty(sum(counts), dtype=tensor.dtype, device=torch.cuda.current_device())
+                    dist.recv(received, src=rank)
+                    parts = received.cpu().split(counts)
+                for part, values in zip(targets, parts, strict=True):
+                    part.copy_(values.reshape(part.shape))
+                    covered += part.numel()
+            if covered != tensor.numel():
+                raise WeightMismatch([f"{name}: the ranks hold {covered} of {tensor.numel()} elements"])
+        write_sidecar_files(folder)
+    print(f"saved {target}", flush=True)
+
+
+def _owned(
+    mapping: WeightMap,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    model: MultimodalModel,
+    chunk: nn.Module,
+) -> Iterator[tuple[TensorSlice, Tensor]]:
+    """This rank's pieces, without those that data-parallel and tensor-parallel replicas of it hold too."""
+    groups = model.pg_collection
+    rank = Rank.of(groups)
+    problems: list[str] = []
+    planned = plan(mapping, parameters, rank, problems, shard_of(chunk))
+    if problems:
+        raise WeightMismatch(problems)
+    sharded = bool(_fsdp_modules(chunk))
+    for name, _, tensor, cut in planned:
+        source = mapping.sources[name]
+        replica = 0 if sharded else (groups.expt_dp if source.is_expert else groups.dp_cp).rank()
+        if replica == 0 and (source.sharded or rank.tp == 0):
+            for piece in cut:
+                yield piece, tensor[piece.index]
+
+
+def _who_sends(own: dict[str, list[tuple[Region, Tensor]]]) -> dict[str, dict[int, list[Region]]]:
+    """On rank 0: tensor -> rank -> regions, in the order that the rank sends them; nothing elsewhere.
+
+    Takes regions that an earlier rank holds too out of `own`: pipeline stages share the embedding.
+    """
+    contents = {name: [region for region, _ in pieces] for name, pieces in own.items()}
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(contents, of_ranks if dist.get_rank() == 0 else None, dst=0)
+    senders: dict[str, dict[int, list[Region]]] = {}
+    repeated: list[set[tuple[str, str]]] = [set() for _ in of_ranks]
+    if dist.get_rank() == 0:
+        seen: set[tuple[str, str]] = set()
+        for rank, contents in enumerate(of_ranks):
+            for name, regions in contents.items():
+                for region in regions:
+                    key = (name, str(region))
+                    if key in seen:
+                        repeated[rank].add(key)
+                    else:
+                        seen.add(key)
+                        senders.setdefault(name, {}).setdefault(rank, []).append(region)
+    dist.broadcast_object_list(repeated, src=0)
+    mine = repeated[dist.get_rank()]
+    for name in {name for name, _ in mine}:
+        own[name] = [(region, values) for region, values in own[name] if (name, str(region)) not in mine]
+        if not own[name]:
+            del own[name]
+    return senders
