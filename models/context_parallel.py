@@ -23,7 +23,17 @@ def document_alignment(*, cp_size: int, tp_size: int, sequence_parallel: bool) -
 def partition_index(
     cp_rank: int, cp_size: int, *, length: int, cu_seqlens: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Places in the full sequence of the tokens that a rank holds, in the rank's order.
+    """Positions in the full sequence of the tokens that a rank holds, in the rank's order.
+
+    Two documents of 8 and 4 tokens, two ranks, so 4 chunks of 2 and of 1 token:
+
+        token      0 1 | 2 3 | 4 5 | 6 7 || 8 | 9 | 10 | 11
+        chunk       0     1     2     3     0   1   2    3
+        rank 0     0 1               6 7    8            11     -> [0, 1, 6, 7, 8, 11]
+        rank 1           2 3   4 5              9  10           -> [2, 3, 4, 5, 9, 10]
+
+    In the code, for rank 0: `offset` 0..5 counts its tokens; `starts` [0, 4, 6] are where the documents' shares begin;
+    within a share the first half is chunk 0, the second half skips the chunks 1 and 2.
 
     Args:
         length: S of the full sequence.

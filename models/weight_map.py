@@ -74,7 +74,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank's place in the groups that cut weights; the default holds everything."""
+    """A rank's position in the groups that cut weights; the default holds everything."""
 
     tp: int = 0
     tp_size: int = 1
@@ -110,7 +110,13 @@ class TensorSlice:
     index: tuple[slice, ...]
 
     def within(self, dim: int, low: int, high: int) -> TensorSlice | None:
-        """What of it lies in `low:high` of the share's dimension `dim`, counted from `low`; None if nothing does."""
+        """The part of it that lies in `low:high` of the shard's dimension `dim`, counted from `low`; None if none does.
+
+        low:high = 3:8 of a slice that puts rows 10:16 of a foreign tensor into rows 2:8 of the shard:
+
+            shard rows      2   3   4   5   6   7      3:8 are wanted
+            foreign rows   10  11  12  13  14  15      so 11:16 go to 0:5
+        """
         stacked = len(self.foreign_index) - len(self.index)
         padding = (slice(None),) * (dim + 1 - len(self.index))
         index, foreign = [*self.index, *padding], [*self.foreign_index, *padding]
@@ -144,7 +150,15 @@ class CheckpointSlice:
 
 
 def tensor_slices(source: Source, rank: int, size: int) -> Iterator[TensorSlice]:
-    """The regions of which one rank's share consists, in its own order."""
+    """The regions of which one rank's shard consists, in the shard's own order.
+
+    A gated MLP's `linear_fc1` with 4 gate and 4 up rows, for rank 1 of 2 (each part is cut by itself):
+
+        parts       gate: g0 g1 g2 g3       up: u0 u1 u2 u3
+        rank 1                  g2 g3               u2 u3
+        its shard   g2 g3 u2 u3
+        yields      gate[2:4] -> shard[0:2],  up[2:4] -> shard[2:4]
+    """
     before = (slice(None),) * source.dim
     filled = 0
     for part in source.parts:
@@ -242,12 +256,12 @@ class LocalShard:
     first_row: int = 0
 
     def tensor_slices(self, of_shard: Iterable[TensorSlice]) -> list[TensorSlice]:
-        """Pieces of the whole share -> of the held rows."""
+        """Slices of the whole shard -> of the rows that are here."""
         rows = self.tensor.shape[0]
         if rows == self.shape[0]:
             return list(of_shard)
-        kept = (piece.within(0, self.first_row, self.first_row + rows) for piece in of_shard)
-        return [piece for piece in kept if piece is not None]
+        kept = (tensor_slice.within(0, self.first_row, self.first_row + rows) for tensor_slice in of_shard)
+        return [tensor_slice for tensor_slice in kept if tensor_slice is not None]
 
 
 def whole(parameter: nn.Parameter) -> LocalShard:
@@ -262,7 +276,7 @@ def plan(
     problems: list[str],
     local_shard: Callable[[nn.Parameter], LocalShard] = whole,
 ) -> list[tuple[str, nn.Parameter, Tensor, list[TensorSlice]]]:
-    """A rank's parameters, by canonical name, each with what is held of it and the pieces of that.
+    """A rank's parameters by canonical name, each with the rows that are here and where they come from.
 
     What doesn't fit is added to `problems`.
     """
@@ -303,9 +317,9 @@ def fill(
     if problems:
         raise WeightMismatch(problems)
     for _, _, tensor, cut in planned:
-        for piece in cut:
-            target = tensor[piece.index]
-            target.copy_(state[piece.name][piece.foreign_index].reshape(target.shape))
+        for tensor_slice in cut:
+            target = tensor[tensor_slice.index]
+            target.copy_(state[tensor_slice.name][tensor_slice.foreign_index].reshape(target.shape))
 
 
 def shares(
@@ -327,29 +341,29 @@ def shares(
     for _, parameter, tensor, cut in planned:
         if value is not None:
             tensor = value(parameter)
-        for piece in cut:
-            yield piece, tensor[piece.index]
+        for tensor_slice in cut:
+            yield tensor_slice, tensor[tensor_slice.index]
 
 
 def assemble(mapping: WeightMap, slices_of_ranks: Iterable[tuple[TensorSlice, Tensor]]) -> dict[str, Tensor]:
     """All foreign tensors of a mapping, from the shares of one rank or of several together.
 
     Args:
-        slices_of_ranks: see `shares`; replicas may repeat a piece.
+        slices_of_ranks: see `shares`; replicas may repeat a slice.
 
     Raises:
-        WeightMismatch: tensors that the pieces don't cover.
+        WeightMismatch: tensors that the slices don't cover.
     """
     import torch
 
     state: dict[str, Tensor] = {}
     seen: set[tuple[str, str]] = set()
     covered = dict.fromkeys(mapping.tensors, 0)
-    for piece, values in slices_of_ranks:
-        name, region = piece.name, str(piece.foreign_index)
+    for tensor_slice, values in slices_of_ranks:
+        name, region = tensor_slice.name, str(tensor_slice.foreign_index)
         if name not in state:
             state[name] = torch.empty(mapping.tensors[name], dtype=values.dtype, device=values.device)
-        target = state[name][piece.foreign_index]
+        target = state[name][tensor_slice.foreign_index]
         target.copy_(values.reshape(target.shape))
         if (name, region) not in seen:
             seen.add((name, region))

@@ -2,7 +2,7 @@
 
 Weights, data and seeds depend on nothing but the job, so that every layout trains the same model on the same batch. The
 first step's gradients and the parameters after the last step are compared, on the rank that holds them, with what one
-rank wrote: each copy of a replicated parameter by itself, slices of a sharded one by their place in the whole.
+rank wrote: each copy of a replicated parameter by itself, slices of a sharded one by their position in the whole.
 """
 
 from __future__ import annotations
@@ -236,12 +236,12 @@ class Watch:
             save_file(assemble(self._mapping, held), self._folder / file)
         differences: Differences = {}
         with safe_open(self._folder / file, "pt") as reference:
-            for piece, mine in held:
-                expected = reference.get_slice(piece.name)[piece.foreign_index]
+            for tensor_slice, mine in held:
+                expected = reference.get_slice(tensor_slice.name)[tensor_slice.foreign_index]
                 square = (mine.cpu().double().reshape(expected.shape) - expected.double()).square().sum().item()
                 if math.isnan(square):
                     square = math.inf  # which no maximum loses
-                key = (piece.name, str(piece.foreign_index))
+                key = (tensor_slice.name, str(tensor_slice.foreign_index))
                 known, _ = differences.get(key, (0.0, 0))
                 differences[key] = (max(known, square), expected.numel())
         return differences
@@ -249,7 +249,7 @@ class Watch:
     def _shares(
         self, model: nn.Module, value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
     ) -> Iterator[tuple[TensorSlice, Tensor]]:
-        # Values in the place of the parameters: under FSDP these have the shape without tensor parallelism.
+        # Values instead of the parameters: under FSDP these have the shape without tensor parallelism.
         values = ((name, value(parameter)) for name, parameter in self._weights.parameters(self._config, model))
         return shares(self._mapping, values, Rank.of(model.pg_collection))
 

@@ -149,9 +149,9 @@ def _own_steps(optimizer: torch.optim.Optimizer, step: float | None = None) -> N
 def optimizer_saves_mixed_parameters() -> None:
     """0.19.2, core/optimizer/distrib_optimizer.py:337 and :487: two orders of a group's parameters.
 
-    One is by gradient buffer, 16-bit parameters before fp32 ones; the optimizer's own puts fp32 first. A place in the
-    one is looked up in the other whenever states are saved or loaded: a bf16 model with fp32 parameters (A_log) can't
-    be saved. Both are built inside the constructor; no argument chooses the class.
+    One is by gradient buffer, 16-bit parameters before fp32 ones; the optimizer's own puts fp32 first. An index into
+    the one is looked up in the other whenever states are saved or loaded: a bf16 model with fp32 parameters (A_log)
+    can't be saved. Both are built inside the constructor; no argument chooses the class.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -284,9 +284,9 @@ def fsdp_keeps_parameters_marks() -> None:
 
 
 def optimizer_saves_buckets_in_place() -> None:
-    """0.19.2, core/optimizer/distrib_optimizer.py:1785: fully reshardable states are cut at the wrong places.
+    """0.19.2, core/optimizer/distrib_optimizer.py:1785: fully reshardable states are cut at the wrong offsets.
 
-    Gathering drops the padding between a buffer's buckets (:1395), while a parameter's place counts it. So with more
+    Gathering drops the padding between a buffer's buckets (:1395), while a parameter's start counts it. So with more
     than one bucket (tied embeddings over pipeline stages have their own, `--overlap-grad-reduce` makes many) all
     after the first padded one are saved under their neighbours' names, and a run that resumes from them is spoilt
     without an error; upstream pads the end with zeros and warns. No argument reaches the gathering.
@@ -313,7 +313,13 @@ def optimizer_saves_buckets_in_place() -> None:
 
 
 def _pad_buckets(buffers: list, index: int | str, by_dtype: Any) -> Any:
-    """One entry of `get_parameter_state_dp_zero()` with its flat tensors as long as the buffer, padding included."""
+    """One entry of `get_parameter_state_dp_zero()` with its flat tensors as long as the buffer, padding included.
+
+    Two buckets of 3 and 2 elements, each padded to 4:
+
+        gathered     a b c d e
+        the buffer   a b c . d e . .        a parameter's start counts the padding: d stands at 4, not at 3
+    """
     if not isinstance(index, int):
         return by_dtype
     buffer = buffers[index]

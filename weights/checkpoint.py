@@ -105,61 +105,61 @@ def export_checkpoint(
     mapping = spec.mapping(config, origin.record)
     infos = tensor_infos(spec, mapping, origin.record)
     tensors = CheckpointTensors(folder)
-    places, synonyms = _places(spec, config, mapping, tensors)
-    _check_keys(tensors, mapping, places, synonyms)
+    slices, synonyms = _checkpoint_slices(spec, config, mapping, tensors)
+    _check_keys(tensors, mapping, slices, synonyms)
     wanted: dict[str, list[tuple[str, TensorSlice]]] = {}
     for name, source in mapping.sources.items():
-        for piece in tensor_slices(source, 0, 1):
-            wanted.setdefault(piece.name, []).append((name, piece))
+        for tensor_slice in tensor_slices(source, 0, 1):
+            wanted.setdefault(tensor_slice.name, []).append((name, tensor_slice))
     with new_folder(Path(output)) as new:
         for name, tensor in write_tensors(new, infos, max_shard_size, title=f"exporting {folder}", quiet=quiet):
-            for parameter, piece in wanted[name]:
-                for place in places[parameter]:
-                    _copy_slice(tensors, mapping.sources[parameter], place, piece, tensor)
+            for parameter, tensor_slice in wanted[name]:
+                for stored in slices[parameter]:
+                    _copy_slice(tensors, mapping.sources[parameter], stored, tensor_slice, tensor)
         write_hf_folder(new, config, None, origin, with_record=False)
     return Path(output)
 
 
 def _copy_slice(
-    tensors: CheckpointTensors, source: Source, place: CheckpointSlice, piece: TensorSlice, target: Tensor
+    tensors: CheckpointTensors, source: Source, stored: CheckpointSlice, tensor_slice: TensorSlice, target: Tensor
 ) -> None:
-    """Copy what a piece has of a place."""
-    common = piece.within(source.dim, place.start, place.start + place.count)
+    """Copy what a slice of an HF tensor and a slice of the checkpoint have in common."""
+    common = tensor_slice.within(source.dim, stored.start, stored.start + stored.count)
     if common is not None:
         region = target[common.foreign_index]
-        region.copy_(tensors.place(source, place)[common.index].reshape(region.shape))
+        region.copy_(tensors.read_slice(source, stored)[common.index].reshape(region.shape))
 
 
-def _places(
+def _checkpoint_slices(
     spec: HfWeights, config: Mapping[str, Any], mapping: WeightMap, tensors: CheckpointTensors
 ) -> tuple[Mapping[str, tuple[CheckpointSlice, ...]], set[str]]:
     """Where this checkpoint has each parameter, and what other keys the same may have (imported checkpoints do)."""
     if not any(key.startswith("model.") for key in tensors.metadata):
         return spec.checkpoint_slices(config, mapping), set()
-    places = {}
+    slices = {}
     ranks = 1
     synonyms: set[str] = set()
     for name, alternatives in spec.fsdp_checkpoint_slices(config, mapping).items():
-        synonyms |= {place.key for option in alternatives for place in option}
-        there = (option for option in alternatives if all(place.key in tensors.metadata for place in option))
-        places[name] = next(there, alternatives[0])
-        source, entry = mapping.sources[name], tensors.metadata.get(places[name][0].key)
+        synonyms |= {stored.key for option in alternatives for stored in option}
+        there = (option for option in alternatives if all(stored.key in tensors.metadata for stored in option))
+        slices[name] = next(there, alternatives[0])
+        source, entry = mapping.sources[name], tensors.metadata.get(slices[name][0].key)
         if source.dim == 1 and source.sharded and not source.is_expert and entry is not None:
             ranks = max(ranks, len({chunk.offsets[1] for chunk in entry.chunks}))  # a rank's columns are a chunk
-    return {name: _rank_by_rank(mapping.sources[name], option, ranks) for name, option in places.items()}, synonyms
+    return {name: _rank_by_rank(mapping.sources[name], option, ranks) for name, option in slices.items()}, synonyms
 
 
-def _rank_by_rank(source: Source, places: tuple[CheckpointSlice, ...], ranks: int) -> tuple[CheckpointSlice, ...]:
+def _rank_by_rank(source: Source, slices: tuple[CheckpointSlice, ...], ranks: int) -> tuple[CheckpointSlice, ...]:
     """`fsdp_dtensor` puts tensor-parallel ranks' shares one after the other, each with its share of every part."""
-    if len(places) > 1 or not source.sharded or ranks == 1:
-        return places  # nothing cut, or a part by itself
+    if len(slices) > 1 or not source.sharded or ranks == 1:
+        return slices  # nothing cut, or a part by itself
     found, offset = [], 0
     for rank in range(ranks):
         start = 0
         for part in source.parts:
             whole = sum(run.count for run in part)
             count = whole // ranks
-            found.append(CheckpointSlice(places[0].key, start + rank * count, count, offset=offset))
+            found.append(CheckpointSlice(slices[0].key, start + rank * count, count, offset=offset))
             start, offset = start + whole, offset + count
     return tuple(found)
 
@@ -213,19 +213,21 @@ class CheckpointTensors:
         }
         self._last: tuple[CheckpointSlice, Tensor] | None = None
 
-    def place(self, source: Source, place: CheckpointSlice) -> Tensor:
-        """The rows of a parameter that lie in one place; kept until the next is asked for, since HF tensors that share
-        a parameter follow one another."""
-        if self._last is None or self._last[0] != place:
+    def read_slice(self, source: Source, stored: CheckpointSlice) -> Tensor:
+        """The rows of a parameter in one slice of the checkpoint.
+
+        Kept until the next slice is asked for, since HF tensors that share a parameter follow one another.
+        """
+        if self._last is None or self._last[0] != stored:
             self._last = None  # freed first
-            shape = slice_shape(source, place)
+            shape = slice_shape(source, stored)
             offsets = [0] * len(shape)
-            offsets[source.dim] = place.offset
-            if place.layer is None:
-                values = self.read(place.key, tuple(offsets), shape)
+            offsets[source.dim] = stored.offset
+            if stored.layer is None:
+                values = self.read(stored.key, tuple(offsets), shape)
             else:
-                values = self.read(place.key, (place.layer, *offsets), (1, *shape))[0]
-            self._last = (place, values)
+                values = self.read(stored.key, (stored.layer, *offsets), (1, *shape))[0]
+            self._last = (stored, values)
         return self._last[1]
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -266,32 +268,32 @@ class _RegionPlanner(LoadPlanner):
     create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner
 
 
-def slice_shape(source: Source, place: CheckpointSlice) -> tuple[int, ...]:
-    """Shape of the rows that lie in one place."""
-    return (*source.shape[: source.dim], place.count, *source.shape[source.dim + 1 :])
+def slice_shape(source: Source, stored: CheckpointSlice) -> tuple[int, ...]:
+    """Shape of the rows in one slice of the checkpoint."""
+    return (*source.shape[: source.dim], stored.count, *source.shape[source.dim + 1 :])
 
 
-def key_shape(source: Source, place: CheckpointSlice) -> tuple[int, ...]:
-    """Shape of the checkpoint's tensor that a place is the end of."""
-    shape = list(slice_shape(source, place))
-    shape[source.dim] += place.offset
-    return tuple(shape) if place.layer is None else (place.layers, *shape)
+def key_shape(source: Source, stored: CheckpointSlice) -> tuple[int, ...]:
+    """Shape of the checkpoint's tensor that a slice is the end of."""
+    shape = list(slice_shape(source, stored))
+    shape[source.dim] += stored.offset
+    return tuple(shape) if stored.layer is None else (stored.layers, *shape)
 
 
 def _check_keys(
     tensors: CheckpointTensors,
     mapping: WeightMap,
-    places: Mapping[str, tuple[CheckpointSlice, ...]],
+    slices: Mapping[str, tuple[CheckpointSlice, ...]],
     synonyms: set[str],
 ) -> None:
-    """Every parameter is there in its shape, and every tensor of the model has its place.
+    """Every parameter is there in its shape, and every tensor of the model is known.
 
     Raises:
         WeightMismatch: listing what isn't so.
     """
     known = {}
-    for name, of_parameter in places.items():
-        known |= {place.key: key_shape(mapping.sources[name], place) for place in of_parameter}
+    for name, of_parameter in slices.items():
+        known |= {stored.key: key_shape(mapping.sources[name], stored) for stored in of_parameter}
     problems = [f"{key}: not in the checkpoint" for key in known if key not in tensors.metadata]
     for key, entry in tensors.metadata.items():
         if key not in known:
@@ -366,23 +368,23 @@ class ImportPlanner(SavePlanner):
         self._values: dict[tuple[str, torch.Size | None], Callable[[], Tensor | io.BytesIO]] = {}
         self.aliases: dict[str, list[str]] = {}
         if ckpt_format == "torch_dist":
-            places = spec.checkpoint_slices(folder.config, mapping)
+            slices = spec.checkpoint_slices(folder.config, mapping)
         else:
             alternatives = spec.fsdp_checkpoint_slices(folder.config, mapping)
-            places = {name: first for name, (first, *_) in alternatives.items()}
+            slices = {name: first for name, (first, *_) in alternatives.items()}
             for first, *others in alternatives.values():
-                for i, place in enumerate(first):
-                    self.aliases[place.key] = [other[i].key for other in others]
+                for i, stored in enumerate(first):
+                    self.aliases[stored.key] = [other[i].key for other in others]
         dtypes: dict[str, torch.dtype] = {}  # of a key; the widest, where a folder mixes some in one parameter
         modules: dict[str, int] = {}
-        for name, of_parameter in places.items():
+        for name, of_parameter in slices.items():
             found = [torch_dtype(folder.dtypes[run.name]) for run in mapping.sources[name].row_ranges]
-            for place in of_parameter:
-                dtypes[place.key] = reduce(torch.promote_types, found, dtypes.get(place.key, found[0]))
-                modules[module_of(place.key)] = place.layers
-        for name, of_parameter in places.items():
-            for place in of_parameter:
-                self._add_tensor(mapping.sources[name], place, dtypes[place.key])
+            for stored in of_parameter:
+                dtypes[stored.key] = reduce(torch.promote_types, found, dtypes.get(stored.key, found[0]))
+                modules[module_of(stored.key)] = stored.layers
+        for name, of_parameter in slices.items():
+            for stored in of_parameter:
+                self._add_tensor(mapping.sources[name], stored, dtypes[stored.key])
         if ckpt_format == "fsdp_dtensor":
             for key, value in {**COMMON_STATE, "args": None}.items():
                 self._add_object(key, value)
@@ -394,17 +396,17 @@ class ImportPlanner(SavePlanner):
                 self._add_object(f"{module}._extra_state/shard_{i}_{max(layers, 1)}", [None])
         self._add_object("common_state/shard_0_1", [COMMON_STATE])
 
-    def _add_tensor(self, source: Source, place: CheckpointSlice, dtype: torch.dtype) -> None:
-        shape = slice_shape(source, place)
-        offsets = torch.Size((0,) * len(shape) if place.layer is None else (place.layer, *(0 for _ in shape)))
-        sizes = torch.Size(shape if place.layer is None else (1, *shape))
+    def _add_tensor(self, source: Source, stored: CheckpointSlice, dtype: torch.dtype) -> None:
+        shape = slice_shape(source, stored)
+        offsets = torch.Size((0,) * len(shape) if stored.layer is None else (stored.layer, *(0 for _ in shape)))
+        sizes = torch.Size(shape if stored.layer is None else (1, *shape))
         data = TensorWriteData(
             chunk=ChunkStorageMetadata(offsets, sizes),
             properties=TensorProperties(dtype=dtype),
-            size=torch.Size(key_shape(source, place)),
+            size=torch.Size(key_shape(source, stored)),
         )
-        self._items.append(WriteItem(MetadataIndex(place.key, offsets), WriteItemType.SHARD, tensor_data=data))
-        self._values[place.key, offsets] = partial(self._read, source, place, sizes, dtype)
+        self._items.append(WriteItem(MetadataIndex(stored.key, offsets), WriteItemType.SHARD, tensor_data=data))
+        self._values[stored.key, offsets] = partial(self._read, source, stored, sizes, dtype)
 
     def _add_object(self, key: str, value: Any) -> None:
         encoded = io.BytesIO()
@@ -412,10 +414,10 @@ class ImportPlanner(SavePlanner):
         self._items.append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
         self._values[key, None] = lambda: encoded
 
-    def _read(self, source: Source, place: CheckpointSlice, sizes: torch.Size, dtype: torch.dtype) -> Tensor:
-        values = torch.empty(slice_shape(source, place), dtype=dtype)
-        for piece in tensor_slices(source, 0, 1):
-            part = piece.within(source.dim, place.start, place.start + place.count)
+    def _read(self, source: Source, stored: CheckpointSlice, sizes: torch.Size, dtype: torch.dtype) -> Tensor:
+        values = torch.empty(slice_shape(source, stored), dtype=dtype)
+        for tensor_slice in tensor_slices(source, 0, 1):
+            part = tensor_slice.within(source.dim, stored.start, stored.start + stored.count)
             if part is not None:
                 target = values[part.index]
                 target.copy_(self.tensors[part.name][part.foreign_index].reshape(target.shape))

@@ -2,7 +2,7 @@
 
 Loading happens once the model is wrapped and before the optimizer exists, so that DDP's buffers, FSDP's shards and the
 optimizer's fp32 copies all start from the loaded values, whether the model was built in memory or on the meta device.
-Every rank reads its own slices. Saving sends each tensor's pieces from the ranks that own them to rank 0, one tensor
+Every rank reads its own slices. Saving sends each tensor's slices from the ranks that own them to rank 0, one tensor
 after the other. Knows no architecture.
 """
 
@@ -230,8 +230,8 @@ def save_hf(
     own: dict[str, list[tuple[Region, Tensor]]] = {}
     for chunk in chunks:
         model = unwrapped(chunk)
-        for piece, values in _owned(mapping, spec.parameters(config, model), model, chunk):
-            own.setdefault(piece.name, []).append((piece.foreign_index, values))
+        for tensor_slice, values in _owned(mapping, spec.parameters(config, model), model, chunk):
+            own.setdefault(tensor_slice.name, []).append((tensor_slice.foreign_index, values))
     senders = _who_sends(own)
     size = parse_size(args.max_shard_size)
     if args.rank != 0:
@@ -267,7 +267,7 @@ def _owned(
     model: MultimodalModel,
     chunk: nn.Module,
 ) -> Iterator[tuple[TensorSlice, Tensor]]:
-    """This rank's pieces, without those that data-parallel and tensor-parallel replicas of it hold too."""
+    """This rank's slices, without those that data-parallel and tensor-parallel replicas of it hold too."""
     groups = model.pg_collection
     rank = Rank.of(groups)
     problems: list[str] = []
@@ -279,8 +279,8 @@ def _owned(
         source = mapping.sources[name]
         replica = 0 if sharded else (groups.expt_dp if source.is_expert else groups.dp_cp).rank()
         if replica == 0 and (source.sharded or rank.tp == 0):
-            for piece in cut:
-                yield piece, tensor[piece.index]
+            for tensor_slice in cut:
+                yield tensor_slice, tensor[tensor_slice.index]
 
 
 def _who_sends(own: dict[str, list[tuple[Region, Tensor]]]) -> dict[str, dict[int, list[Region]]]:
@@ -288,7 +288,7 @@ def _who_sends(own: dict[str, list[tuple[Region, Tensor]]]) -> dict[str, dict[in
 
     Takes regions that an earlier rank holds too out of `own`: pipeline stages share the embedding.
     """
-    contents = {name: [region for region, _ in pieces] for name, pieces in own.items()}
+    contents = {name: [region for region, _ in regions] for name, regions in own.items()}
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(contents, of_ranks if dist.get_rank() == 0 else None, dst=0)
     senders: dict[str, dict[int, list[Region]]] = {}

@@ -117,7 +117,7 @@ def checkpoint_slices(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, t
     The names are those of `sharded_state_dict()`: norms by the fused backend's spelling (`models.qwen35_vl.specs`), the
     ViT's layers and a layer's experts stacked in one tensor, GatedDeltaNet's projections one by one.
     """
-    places = {}
+    slices = {}
     for name, source in mapping.sources.items():
         layer: int | None = None
         layers = 0
@@ -135,14 +135,14 @@ def checkpoint_slices(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, t
             key = re.sub(r"\.pre_mlp_layernorm\.", ".mlp.linear_fc1.layer_norm_", key)
         parts = next((parts for suffix, parts in _GDN_PARTS.items() if key.endswith(f"self_attention.{suffix}")), None)
         if parts is None:
-            places[name] = (CheckpointSlice(key, 0, source.shape[source.dim], layer, layers),)
+            slices[name] = (CheckpointSlice(key, 0, source.shape[source.dim], layer, layers),)
             continue
         counts = [sum(run.count for run in part) for part in source.parts]
-        places[name] = tuple(
+        slices[name] = tuple(
             CheckpointSlice(f"{key}.{part}", sum(counts[:i]), count)
             for i, (part, count) in enumerate(zip(parts, counts, strict=True))
         )
-    return places
+    return slices
 
 
 def fsdp_checkpoint_slices(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, list[tuple[CheckpointSlice, ...]]]:
@@ -151,17 +151,17 @@ def fsdp_checkpoint_slices(config: Qwen35VLConfig, mapping: WeightMap) -> dict[s
     Names are those of modules, of either backend, with and without the wrapper of 16-bit models. A gated FFN's halves
     are two tensors (megatron-core's `handle_swiglu_in_state_dict`).
     """
-    places = {}
+    slices = {}
     for name, source in mapping.sources.items():
         size = source.shape[source.dim]
         gated = name.endswith("linear_fc1.weight") and len(source.parts) == 2
         halves = (("_w", 0, size // 2), ("_v", size // 2, size // 2)) if gated else (("", 0, size),)
-        places[name] = [
+        slices[name] = [
             tuple(CheckpointSlice(f"{level}{spelling}{half}", start, count) for half, start, count in halves)
             for level in ("model.module.", "model.")
             for spelling in _module_names(name, mapping)
         ]
-    return places
+    return slices
 
 
 def _module_names(name: str, mapping: WeightMap) -> list[str]:

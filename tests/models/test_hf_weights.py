@@ -44,8 +44,8 @@ def test_every_element_of_every_hf_tensor_is_mapped_once(name: str, stacked: boo
     mapping = weight_map(ARCHITECTURES[name], ExpertStorage(stacked, stacked))
     used = {tensor: torch.zeros(shape, dtype=torch.int8) for tensor, shape in mapping.tensors.items()}
     for source in mapping.sources.values():
-        for piece in tensor_slices(source, 0, 1):
-            used[piece.name][piece.foreign_index] += 1
+        for tensor_slice in tensor_slices(source, 0, 1):
+            used[tensor_slice.name][tensor_slice.foreign_index] += 1
     assert all((count == 1).all() for count in used.values())
 
 
@@ -54,9 +54,9 @@ def split(source: Source, state: dict[str, Tensor], rank: int, size: int) -> Ten
     shape = list(source.shape)
     shape[source.dim] //= size
     share = torch.full(shape, torch.nan)
-    for piece in tensor_slices(source, rank, size):
-        target = share[piece.index]
-        target.copy_(state[piece.name][piece.foreign_index].reshape(target.shape))
+    for tensor_slice in tensor_slices(source, rank, size):
+        target = share[tensor_slice.index]
+        target.copy_(state[tensor_slice.name][tensor_slice.foreign_index].reshape(target.shape))
     return share
 
 
@@ -118,8 +118,8 @@ def test_ranks_together_give_the_folder_back(stacked: bool):
             if source.is_expert and int(name.split(".experts.")[1].split(".")[0]) * 2 // experts != rank.ep:
                 continue
             share = split(source, state, *rank.cut(source))
-            for piece in tensor_slices(source, *rank.cut(source)):
-                yield piece, share[piece.index]
+            for tensor_slice in tensor_slices(source, *rank.cut(source)):
+                yield tensor_slice, share[tensor_slice.index]
 
     ranks = [Rank(r % 2, 2, r % 2, 2, r // 2, 2) for r in range(4)]
     together = assemble(mapping, (item for rank in ranks for item in shares(rank)))
