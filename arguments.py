@@ -436,7 +436,7 @@ def _extend_megatron_parser(parser: ArgumentParser) -> ArgumentParser:
         print(Refused([message]), file=sys.stderr, flush=True)
         raise SystemExit(2)
 
-    parser.error = error
+    parser.error = error  # type: ignore[method-assign]  # Megatron makes the parser, so there is no subclass
     return add_multimodal_args(parser)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -155,12 +155,12 @@ class BatchReader(Iterator[Batch]):
         self.source.period = self._evaluation_iterations * batch_size
 
     def __next__(self) -> Batch:
-        flat = None
+        own = None
         if self._ranks.loads:
             if self._loader is None:
                 self._loader = self._start()
-            flat = next(self._loader)
-        flat = broadcast(flat, self._ranks, self._device)
+            own = next(self._loader)
+        flat = broadcast(own, self._ranks, self._device)
         self.source.position += self._micro_batch_size * self._ranks.data_size
         return unflatten(flat)
 
@@ -198,6 +198,7 @@ def broadcast(flat: FlatBatch | None, ranks: Ranks, device: torch.device) -> Fla
         ValueError: the header is longer than HEADER_BYTES: more vision inputs than anybody has.
     """
     if ranks.group.size() == 1:
+        assert flat is not None  # the only rank loads
         return FlatBatch(flat.header, flat.buffer.to(device, non_blocking=True))
     header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
     if flat is not None:
@@ -270,17 +271,19 @@ def dataset_provider(args: Namespace, spec: ModelSpec, processor: ProcessorMixin
             chunks.extend(_share(_build_readers(args, spec, processor), args.virtual_pipeline_model_parallel_size))
         return chunks[vp_stage]
 
-    provide.is_distributed = True
+    vars(provide)["is_distributed"] = True  # Megatron then calls it on every rank
     return provide
 
 
-def _share(readers: Readers, count: int) -> list[Readers]:
+def _share(readers: Iterable[BatchReader | None], count: int) -> list[Readers]:
     """The readers for each of a rank's model chunks."""
-    shared = [SharedReader.split(reader, count) if reader is not None else [None] * count for reader in readers]
-    return list(zip(*shared, strict=True))
+    train, valid, test = ([None] * count if reader is None else SharedReader.split(reader, count) for reader in readers)
+    return list(zip(train, valid, test, strict=True))
 
 
-def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None) -> Readers:
+def _build_readers(
+    args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None
+) -> tuple[BatchReader | None, BatchReader | None, BatchReader | None]:
     from megatron.core import mpu
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -354,7 +357,7 @@ def _ranks(device: torch.device) -> Ranks:
 
 def _build_dataset(build: Callable[[], SampleDataset], workers: int) -> tuple[SampleDataset, Sizes]:
     """Build and measure on the first rank, which may write files, then on the others."""
-    result: list[Sizes | None] = [None]
+    result: list[Any] = [None]
     if dist.get_rank() == 0:
         dataset = build()
         result = [measure(dataset, workers=workers)]

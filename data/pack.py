@@ -141,6 +141,7 @@ def _keep_dataset(dataset: SampleDataset) -> None:
 
 
 def _size_in_worker(index: int) -> SampleSize:
+    assert _dataset is not None  # the pool's initializer sets it
     return _size(_dataset, index)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from data.processor_files import VISION_TOKENS, vocab_size
 from data.receipts.processor import processor_for
-from data.sample import TURN_END, TURN_START
+from data.sample import TURN_END, TURN_START, image_token
 
 
 def load_processor(args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin:
@@ -46,7 +46,7 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
         raise ValueError(f"{flag} {path}: it has no image processor; give a vision-language model's")
     tokenizer = processor.tokenizer
     vocabulary = tokenizer.get_vocab()
-    for token in (processor.image_token, TURN_START, TURN_END):
+    for token in (image_token(processor)[0], TURN_START, TURN_END):
         if token not in vocabulary:
             raise ValueError(
                 f"{flag} {path}: its tokenizer has no {token} token; give a processor of the Qwen-VL family"
@@ -83,7 +83,7 @@ def check_processor(processor: ProcessorMixin, config: Mapping[str, Any], path: 
 def contradiction(processor: ProcessorMixin, config: Mapping[str, Any]) -> str | None:
     """How a processor's ids or patches differ from a model's `config.json`; None if they don't."""
     for name, token in VISION_TOKENS.items():
-        token = processor.image_token if name == "image_token_id" else token
+        token = image_token(processor)[0] if name == "image_token_id" else token
         found = processor.tokenizer.get_vocab().get(token)
         if name in config and found != config[name]:
             return f"{token} is id {found}, the model's {name} is {config[name]}"

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from runtime.files import write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # a converted checkpoint, which belongs to no iteration
+RELEASE: Final = "release"  # a converted checkpoint, which belongs to no iteration
 DATA = "data"
 # What a checkpoint's last file is, by --ckpt-format.
 LAST_FILES = {"torch_dist": "metadata.json", "fsdp_dtensor": ".metadata"}
@@ -100,15 +100,15 @@ def choose(load: Path, step: int | None, ckpt_format: str) -> Start:
         reason = f"{tracker} names {tracked}, but {_lacks(load / folder_name(tracked), ckpt_format)}"
     else:
         reason = f"{tracker} {'is empty or corrupt' if tracker.exists() else 'is missing'}"
-    warnings = [f"{folder} isn't taken: {lack}" for folder in found.values() if (lack := _lacks(folder, ckpt_format))]
+    left = [f"{folder} isn't taken: {lack}" for folder in found.values() if (lack := _lacks(folder, ckpt_format))]
     if not complete:
         if not found and not tracker.exists():
             return Start()
         if tracked is not None or tracker.exists():
             return Start(problem=f"--load {load}: {reason}; no checkpoint in it is complete")
-        return Start(warnings=(*warnings, f"no checkpoint in {load} is complete: training starts anew"))
+        return Start(warnings=(*left, f"no checkpoint in {load} is complete: training starts anew"))
     last = complete[-1]
-    return Start(found[last], step=last, warnings=_starting(found[last], [reason, *warnings]))
+    return Start(found[last], step=last, warnings=_starting(found[last], [reason, *left]))
 
 
 def _starting(folder: Path, warnings: Any) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def problem(load: Path, step: int | None, ckpt_format: str) -> str | None:
     return f"--load {load}: {fault}: the checkpoint is damaged; {_there_is(others)}"
 
 
-def read_tracker(folder: Path) -> int | str | None:
+def read_tracker(folder: Path) -> int | Literal["release"] | None:
     """The iteration that a folder's tracker names, or RELEASE; None: there is none, or it names nothing."""
     try:
         text = (folder / TRACKER).read_text(errors="replace").strip()

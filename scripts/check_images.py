@@ -75,6 +75,7 @@ def evaluate(checkpoint: Path) -> None:
     model = model[0].eval()
     test = DATASET_PROVIDERS["receipts"]
     processor = test.processor(args, spec.hf_config(args))
+    assert processor is not None  # receipts have one
     inputs = spec.model_inputs(args)
     dataset = test.build(args, "test", processor, inputs)
     losses = {
@@ -99,7 +100,7 @@ def held_out(dataset, moved: bool) -> Iterator:
             image = dataset.conversations[donor[index]].messages[0]["content"][:1]
             conversation = replace(conversation, messages=[{**question, "content": image + text}, answer])
         sample, outcome = build_sample(conversation, dataset.processor, dataset.options)
-        if outcome is not Outcome.WHOLE:
+        if sample is None or outcome is not Outcome.WHOLE:
             raise ValueError(f"{conversation.id}: {outcome}; raise SEQ_LEN")
         yield replace(sample, trained=value_mask(sample, conversation, dataset.processor))
 

@@ -262,10 +262,10 @@ class _RegionPlanner(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing to do: it was filled in place."""
 
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+    def _unplanned(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("reads are planned by CheckpointTensors.read")
 
-    create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner
+    set_up_planner = create_local_plan = create_global_plan = finish_plan = load_bytes = _unplanned
 
 
 def slice_shape(source: Source, stored: CheckpointSlice) -> tuple[int, ...]:
@@ -291,7 +291,7 @@ def _check_keys(
     Raises:
         WeightMismatch: listing what isn't so.
     """
-    known = {}
+    known: dict[str, tuple[int, ...]] = {}
     for name, of_parameter in slices.items():
         known |= {stored.key: key_shape(mapping.sources[name], stored) for stored in of_parameter}
     problems = [f"{key}: not in the checkpoint" for key in known if key not in tensors.metadata]
@@ -362,8 +362,9 @@ class ImportPlanner(SavePlanner):
     aliases: key -> further names of the same bytes, for readers with another backend.
     """
 
+    tensors: FolderTensors
+
     def __init__(self, spec: HfWeights, folder: HfFolder, mapping: WeightMap, ckpt_format: str) -> None:
-        self.tensors: FolderTensors | None = None
         self._items: list[WriteItem] = []
         self._values: dict[tuple[str, torch.Size | None], Callable[[], Tensor | io.BytesIO]] = {}
         self.aliases: dict[str, list[str]] = {}

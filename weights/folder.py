@@ -154,7 +154,8 @@ def _listed_files(path: Path) -> dict[str, set[str] | None]:
             entries = dict(weight_map.items())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise FolderError(path, [f"{INDEX} has no weight_map that can be read: {error!r}"]) from error
-        problems, listed = [], {}
+        problems: list[str] = []
+        listed: dict[str, set[str]] = {}
         for name, file in entries.items():
             listed.setdefault(file if isinstance(file, str) else repr(file), set()).add(name)
         for file in listed:

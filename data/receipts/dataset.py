@@ -9,6 +9,7 @@ repeating_symbol and dontcare. So `cord_v2` reads these folders too.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import multiprocessing
@@ -137,7 +138,7 @@ def generator_version() -> str:
     """Changes with the code that draws receipts and with Pillow, whose fonts they are printed in."""
     digest = hashlib.sha256(PIL.__version__.encode())
     for module in (receipt_values, receipt_drawing):
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(Path(inspect.getfile(module)).read_bytes())
     return digest.hexdigest()[:8]
 
 

@@ -269,14 +269,15 @@ def _check_inputs(device: torch.device, sizes: GDNSizes, length: int) -> list[Te
 
 def _outputs_and_gradients(kernels: GDNKernels, inputs: list[Tensor], cu_seqlens: Tensor) -> dict[str, Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
-    conv = kernels.causal_conv(leaves[0], leaves[1], cu_seqlens)
-    rule = kernels.gated_delta_rule(*leaves[2:], cu_seqlens)
-    (_weighted_sum(conv) + _weighted_sum(rule)).backward()
+    x, weight, q, k, v, g, beta = leaves
+    conv = kernels.causal_conv(x, weight, cu_seqlens)
+    rule = kernels.gated_delta_rule(q, k, v, g, beta, cu_seqlens)
+    gradients = torch.autograd.grad(_weighted_sum(conv) + _weighted_sum(rule), leaves)
     names = ("x", "weight", "q", "k", "v", "g", "beta")
     return {
         "convolution": conv.detach(),
         "rule": rule.detach(),
-        **{f"gradient of {name}": leaf.grad for name, leaf in zip(names, leaves, strict=True)},
+        **{f"gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)},
     }
 
 

@@ -45,6 +45,16 @@ class Qwen35VLVisionConfig:
 
 
 @dataclass(frozen=True)
+class ExpertSizes:
+    """An MoE layer: `count` routed experts, of which a token visits `topk`, and one that all tokens visit."""
+
+    count: int
+    topk: int
+    ffn_hidden_size: int
+    shared_ffn_hidden_size: int
+
+
+@dataclass(frozen=True)
 class Qwen35VLConfig:
     """One architecture: the decoder's numbers, the ViT's, and the special ids.
 
@@ -86,11 +96,34 @@ class Qwen35VLConfig:
         return self.num_experts is not None
 
     @property
+    def experts(self) -> ExpertSizes | None:
+        """The experts of every layer; None for a dense decoder.
+
+        Raises:
+            ValueError: `num_experts` without their sizes.
+        """
+        if self.num_experts is None:
+            return None
+        topk, width, shared = self.moe_router_topk, self.moe_ffn_hidden_size, self.moe_shared_expert_intermediate_size
+        if topk is None or width is None or shared is None:
+            raise ValueError(
+                f"num_experts {self.num_experts} needs moe_router_topk, moe_ffn_hidden_size and "
+                "moe_shared_expert_intermediate_size"
+            )
+        return ExpertSizes(self.num_experts, topk, width, shared)
+
+    @property
     def dense_ffn_hidden_size(self) -> int:
-        """FFN width when the experts are taken away: what one token's active experts add up to."""
-        if not self.is_moe:
-            return self.ffn_hidden_size
-        return self.moe_router_topk * self.moe_ffn_hidden_size + self.moe_shared_expert_intermediate_size
+        """FFN width without experts: the decoder's own, or what one token's active experts add up to.
+
+        Raises:
+            ValueError: neither experts nor `ffn_hidden_size`.
+        """
+        if (experts := self.experts) is not None:
+            return experts.topk * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
+        if self.ffn_hidden_size is None:
+            raise ValueError("a dense decoder needs ffn_hidden_size")
+        return self.ffn_hidden_size
 
     def differences(self, folder: Qwen35VLConfig) -> list[str]:
         """Where flags (this) and a folder's config.json describe different models, each with both values.
