@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train Qwen3.5-VL:  [NAME=value ...] bash scripts/run_qwen35_vl.sh [flags of pretrain_multimodal.py, which win]
-# Every NAME that it reads is in the table of README.md; the architecture's numbers are in MODEL_VARIANT's Python table.
+# Every NAME that it reads is in the table of docs/launcher.md; the architecture's numbers are in MODEL_VARIANT's Python table.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/env.sh"
