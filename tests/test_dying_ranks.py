@@ -13,6 +13,8 @@ import pytest
 
 from tests.training_server import FLAGS, ROOT
 
+pytestmark = pytest.mark.trains
+
 # pretrain_multimodal.py with rank 1 coming to grief in its third step.
 PROGRAM = """
 import os, signal, sys, time

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.trains
+
 PROGRAM = Path(__file__).with_name("fsdp_runs.py")
 MODEL = [
     *("--model-variant", "tiny_moe", "--dataset-provider", "mock", "--image-size", "64", "--image-seq-length", "4"),

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.trains
+
 PROGRAM = Path(__file__).with_name("tiny_pretrain.py")
 MOE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"]
 MOE += ["--moe-aux-loss-coeff", "1e-2", "--moe-router-load-balancing-type", "aux_loss"]
