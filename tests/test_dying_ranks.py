@@ -53,7 +53,7 @@ def die(folder: Path, how: str, launcher: list[str], *flags: str) -> tuple[int, 
     """Exit code, what was printed, and the seconds from the death to the end of the job."""
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, str(program), how, "--model-variant", "tiny", *FLAGS, "--train-iters", "50"]
     with open(folder / "log", "w+") as log:
         run = subprocess.run([*command, *flags], env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=300)

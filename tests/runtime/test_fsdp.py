@@ -47,7 +47,7 @@ def run_jobs(folder: Path, jobs: dict[str, tuple[int, list[str]]]) -> dict[str, 
     described = {name: {"ranks": ranks, "flags": [*MODEL, *flags]} for name, (ranks, flags) in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps({"out": str(folder), "jobs": described}))
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
-    command = [sys.executable, "-W", "ignore", str(PROGRAM), str(folder / "jobs.json")]
+    command = [sys.executable, str(PROGRAM), str(folder / "jobs.json")]
     done = subprocess.run(
         command,
         env={**environment, "OMP_NUM_THREADS": "1"},

@@ -35,7 +35,7 @@ def _start(
     job = folder / f"{name}.json"
     job.write_text(json.dumps({"out": str(folder), "runs": runs}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    command = [sys.executable, "-W", "ignore", *launcher, str(PROGRAM), str(job)]
+    command = [sys.executable, *launcher, str(PROGRAM), str(job)]
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-5000:]
     return {name: json.loads((folder / f"{name}-losses.json").read_text()) for name in runs}, done.stdout
