@@ -160,7 +160,9 @@ class Watch:
     def steps(self, train_step: Callable[..., tuple]) -> Callable[..., tuple]:
         """`megatron.training.training.train_step`, watched."""
 
-        def watched(forward_step: Any, data: Any, model: list[nn.Module], optimizer: Any, *rest: Any, **more: Any):
+        def watched(
+            forward_step: Any, data: Any, model: list[nn.Module], optimizer: Any, *rest: Any, **more: Any
+        ) -> tuple:
             if not self._model:
                 self._model = model
                 self._watch_routers()
