@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests:  bash scripts/test.sh [--fast | --all] [pytest arguments]
-#   --fast  without those that train or start several ranks in processes of their own (marker "trains"):
-#           under two minutes on two cores
+#   --fast  without those that train, start ranks or build a huge model (marker "heavy"): under two minutes on two cores
 #   --all   also the slow proofs (marker "slow")
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,7 +10,7 @@ arguments=()
 for argument in "$@"; do
     # The last -m wins over the "not slow" of pyproject.toml.
     case $argument in
-        --fast) arguments+=(-m "not slow and not trains") ;;
+        --fast) arguments+=(-m "not slow and not heavy") ;;
         --all) arguments+=(-m "slow or not slow") ;;
         *) arguments+=("$argument") ;;
     esac

@@ -13,7 +13,7 @@ import pytest
 
 from tests.training_server import FLAGS, ROOT
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.heavy
 
 # pretrain_multimodal.py with rank 1 coming to grief in its third step.
 PROGRAM = """

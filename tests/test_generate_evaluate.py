@@ -18,8 +18,6 @@ from evaluation.model import Answer, HfModel
 from models.qwen35_vl.configuration import VARIANTS
 from tests.trained_folder import write_trained_folder
 
-pytestmark = pytest.mark.trains
-
 ROOT = Path(__file__).parents[1]
 # Untied: random tied weights answer with the last token again and again.
 ARCHITECTURE = VARIANTS["tiny"].replace(mtp_num_layers=0, tie_word_embeddings=False)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.training_server import Result, Step, TrainingServer
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.heavy
 
 # The first loss in another layout: sums are rounded in another order. Measured: 4.8e-7 of 7.
 LOSS_TOLERANCE = 1e-6

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models import MODEL_REGISTRY, BatchShape, ModelSpec
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.heavy
 
 VOCABULARY = 256
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parents[1]
 FLAGS = [

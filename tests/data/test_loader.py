@@ -325,6 +325,7 @@ class Unreadable(ToyDataset):
         raise AssertionError("only the first rank of a group loads")
 
 
+@pytest.mark.heavy
 def test_two_ranks_get_the_same_batches_in_two_collectives_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

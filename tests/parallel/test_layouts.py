@@ -19,7 +19,7 @@ import pytest
 
 from proofs.layouts import parse_layout
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.heavy
 
 SCRIPT = Path(__file__).parents[2] / "scripts/check_parallel.py"
 

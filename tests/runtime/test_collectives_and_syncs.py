@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tests.host_syncs import ROOT, counted_on_cpu, counted_on_gpu, own_caller
 from tests.ranks import run_on_ranks
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.heavy
 
 MICRO_BATCHES = 2
 FLAGS = (

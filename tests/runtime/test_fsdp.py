@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.heavy
 
 PROGRAM = Path(__file__).with_name("fsdp_runs.py")
 MODEL = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.heavy
 
 PROGRAM = Path(__file__).with_name("tiny_pretrain.py")
 MOE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"]
