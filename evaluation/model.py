@@ -26,9 +26,9 @@ from data.images import open_image
 from data.processor import contradiction, read_processor
 from data.sample import TURN_END, Sample, SampleOptions, build_sample, image_token
 from runtime.checkpoints import TRACKER
-from weights.check import hf_weights_of
+from weights.check import check_folder, hf_weights_of
 from weights.checkpoint import export_checkpoint
-from weights.folder import read_config
+from weights.folder import HfFolder, read_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -116,6 +116,7 @@ class HfModel:
         transformers.logging.disable_progress_bar()
         config = read_config(folder)
         hf_weights = hf_weights_of(config, folder)  # refuses other architectures
+        check_folder(hf_weights, HfFolder.open(folder), config)
         processor = read_processor(str(folder), "--load")
         if problem := contradiction(processor, config):
             raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")
@@ -125,6 +126,7 @@ class HfModel:
                     folder,
                     dtype="auto" if has_gpu else torch.float32,
                     use_safetensors=True,
+                    trust_remote_code=False,
                     local_files_only=True,
                     output_loading_info=True,
                 )

@@ -49,8 +49,9 @@ from torch.futures import Future
 from models.spec import HfWeights
 from models.weight_map import CheckpointSlice, Source, TensorSlice, WeightMap, WeightMismatch, tensor_slices
 from runtime.checkpoints import RELEASE, TRACKER, IndexUnpickler
-from weights.check import check_folder, hf_weights_of, tensor_infos
+from weights.check import check_folder, hf_weights_of, mapping_of, tensor_infos
 from weights.folder import (
+    FolderError,
     FolderTensors,
     HfFolder,
     new_folder,
@@ -60,6 +61,7 @@ from weights.folder import (
     write_tensors,
 )
 from weights.origin import HfOrigin, write_hf_folder
+from weights.schema import description_problems
 
 # What load_checkpoint() reads of a release besides tensors.
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"singleton_local_shards": False}}
@@ -102,7 +104,9 @@ def export_checkpoint(
     config = read_config(hf)
     spec = hf_weights_of(config, hf)
     origin = HfOrigin.of_checkpoint(hf)
-    mapping = spec.mapping(config, origin.record)
+    mapping = mapping_of(spec, config, origin.record, hf)
+    if problems := description_problems(hf, spec.vocab_size(config)):
+        raise FolderError(hf, problems)
     infos = tensor_infos(spec, mapping, origin.record)
     tensors = CheckpointTensors(folder)
     slices, synonyms = _checkpoint_slices(spec, config, mapping, tensors)

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from models.json_files import JsonError, read_object, regular_file_problem
+from weights.schema import index_problems
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -112,15 +115,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise FolderError(path, ["no such folder"])
+    if not (path / "config.json").exists():
+        raise FolderError(path, ["it has no config.json; give a HuggingFace model folder"])
     try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise FolderError(path, ["it has no config.json; give a HuggingFace model folder"]) from None
-    except (OSError, ValueError) as error:
-        raise FolderError(path, [f"config.json: {error}"]) from error
-    if not isinstance(config, dict):
-        raise FolderError(path, ["config.json isn't a JSON object"])
-    return config
+        return read_object(path / "config.json")
+    except JsonError as error:
+        raise FolderError(path, [f"config.json: {error.reason}"]) from error
 
 
 def sidecar_files(path: Path) -> list[Path]:
@@ -148,21 +148,22 @@ def has_processor(path: Path) -> bool:
 
 def _listed_files(path: Path) -> dict[str, set[str] | None]:
     """Shards, each with the tensors that the index places there (None without an index)."""
-    if (path / INDEX).is_file():
+    if (path / INDEX).exists():
         try:
-            weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-            entries = dict(weight_map.items())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FolderError(path, [f"{INDEX} has no weight_map that can be read: {error!r}"]) from error
+            index = read_object(path / INDEX)
+        except JsonError as error:
+            raise FolderError(path, [f"{INDEX}: {error.reason}"]) from error
+        if wrong := index_problems(index):
+            raise FolderError(path, [f"{INDEX}: {problem}" for problem in wrong])
         problems: list[str] = []
         listed: dict[str, set[str]] = {}
-        for name, file in entries.items():
-            listed.setdefault(file if isinstance(file, str) else repr(file), set()).add(name)
+        for name, file in index["weight_map"].items():
+            listed.setdefault(file, set()).add(name)
         for file in listed:
             # A plain name of this folder: an index must not reach other files of the machine.
             if file in ("", ".", "..") or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
                 problems.append(f"{INDEX} names {file!r}, which isn't a safetensors file of this folder")
-            elif not (path / file).is_file():
+            elif not (path / file).exists():
                 problems.append(f"{INDEX} names {file}, which is missing")
         if problems:
             raise FolderError(path, problems)
@@ -186,6 +187,8 @@ def _listed_files(path: Path) -> dict[str, set[str] | None]:
 
 def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every tensor of a file; safetensors checks offsets, shapes and the file's length."""
+    if problem := regular_file_problem(file):
+        raise FolderError(file.parent, [f"{file.name}: {problem}"])
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
