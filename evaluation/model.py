@@ -28,7 +28,7 @@ from data.sample import TURN_END, Sample, SampleOptions, build_sample, image_tok
 from runtime.checkpoints import TRACKER
 from weights.check import check_folder, hf_weights_of
 from weights.checkpoint import export_checkpoint
-from weights.folder import HfFolder, read_config
+from weights.folder import FolderError, HfFolder, read_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -114,9 +114,15 @@ class HfModel:
         if not has_gpu:
             transformers.logging.set_verbosity_error()  # it would advise to install the GPU's kernels
         transformers.logging.disable_progress_bar()
-        config = read_config(folder)
-        hf_weights = hf_weights_of(config, folder)  # refuses other architectures
-        check_folder(hf_weights, HfFolder.open(folder), config)
+        try:
+            config = read_config(folder)
+            hf_weights = hf_weights_of(config, folder)  # refuses other architectures
+            opened = HfFolder.open(folder)
+            check_folder(hf_weights, opened, config)
+            if damage := list(opened.damage()):
+                raise FolderError(folder, damage)
+        except FolderError as error:
+            raise ValueError(f"--load {error}") from error
         processor = read_processor(str(folder), "--load")
         if problem := contradiction(processor, config):
             raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")

@@ -22,6 +22,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from models.json_files import JsonError, read_object, regular_file_problem
+from weights.checksums import (
+    CHECKSUMS,
+    CheckedFile,
+    checksums_of,
+    elements_between,
+    read_checksums,
+    write_checksums,
+)
 from weights.schema import index_problems
 
 if TYPE_CHECKING:
@@ -54,6 +62,7 @@ class HfFolder:
     config: its config.json.
     files: tensor name -> the file that holds it.
     shapes, dtypes: of every tensor; dtypes as safetensors spells them.
+    checksums: of every tensor, where the folder has them (`weights.checksums`); else empty.
     """
 
     path: Path
@@ -61,6 +70,7 @@ class HfFolder:
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    checksums: dict[str, list[str]]
 
     @classmethod
     def open(cls, path: Path | str) -> HfFolder:
@@ -96,11 +106,25 @@ class HfFolder:
                 files[name], shapes[name], dtypes[name] = path / file, shape, dtype
         if problems:
             raise FolderError(path, problems)
-        return cls(path, config, files, shapes, dtypes)
+        sizes = {name: prod(shape) * ITEM_SIZES[dtypes[name]] for name, shape in shapes.items()}
+        checksums, problems = read_checksums(path, sizes)
+        if problems:
+            raise FolderError(path, problems)
+        return cls(path, config, files, shapes, dtypes, checksums)
 
     @cached_property
     def bytes(self) -> int:
         return sum(prod(shape) * ITEM_SIZES[self.dtypes[name]] for name, shape in self.shapes.items())
+
+    def damage(self) -> Iterator[str]:
+        """What differs from the folder's checksums, tensor by tensor; reads everything, or nothing if it has none."""
+        opened: dict[Path, CheckedFile] = {}
+        for name, checksums in self.checksums.items():
+            file = self.files[name]
+            if file not in opened:
+                opened[file] = CheckedFile(file)
+            if problem := opened[file].problem(name, checksums):
+                yield problem
 
     def sidecar_files(self) -> list[Path]:
         """Tokenizer, processor and whatever small files lie beside the weights and config.json; no code, no pickles."""
@@ -125,7 +149,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def sidecar_files(path: Path) -> list[Path]:
     """See `HfFolder.sidecar_files`."""
-    left_out = {"config.json", RECORD, INDEX}
+    left_out = {"config.json", RECORD, INDEX, CHECKSUMS}
     return sorted(
         file
         for file in path.iterdir()
@@ -216,6 +240,7 @@ class FolderTensors(Mapping[str, "FolderTensor"]):
         self.not_finite: set[str] = set()
         self.unequal: set[tuple[str, str]] = set()
         self._opened: dict[Path, Any] = {}
+        self._checked: dict[Path, CheckedFile] = {}
 
     def __len__(self) -> int:
         return len(self.folder.shapes)
@@ -247,12 +272,25 @@ class FolderTensors(Mapping[str, "FolderTensor"]):
 
     def _slice(self, name: str, index: tuple[slice | int, ...]) -> Tensor:
         file = self.folder.files[name]
+        self._compare(name, file, index)
         if file not in self._opened:
             try:
                 self._opened[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise FolderError(self.folder.path, [f"{file.name}: {error}"]) from error
         return self._opened[file].get_slice(name)[index]
+
+    def _compare(self, name: str, file: Path, index: tuple[slice | int, ...]) -> None:
+        """Compare the bytes of a slice with their checksums, where the folder has them."""
+        if not self.folder.checksums:
+            return
+        if file not in self._checked:
+            self._checked[file] = CheckedFile(file)
+        size = ITEM_SIZES[self.folder.dtypes[name]]
+        first, last = elements_between(index, self.folder.shapes[name])
+        problem = self._checked[file].problem(name, self.folder.checksums[name], first * size, last * size)
+        if problem is not None:
+            raise FolderError(self.folder.path, [problem])
 
 
 @dataclass(frozen=True)
@@ -359,7 +397,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 def write_tensors(
     folder: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int, *, title: str, quiet: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Write safetensors shards, a tensor at a time.
+    """Write safetensors shards, a tensor at a time, and their checksums.
 
     Args:
         folder: there already.
@@ -372,6 +410,7 @@ def write_tensors(
     Raises:
         FolderError: the disk hasn't the room.
     """
+    import torch
     from tqdm import tqdm
 
     shards = _shards(tensors, max_shard_size)
@@ -383,11 +422,14 @@ def write_tensors(
         files = [SINGLE]
     else:
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    checksums: dict[str, list[str]] = {}
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=quiet, mininterval=1) as progress:
         for file, names in zip(files, shards, strict=True):
             for name, tensor in _write_shard(folder / file, {name: tensors[name] for name in names}):
                 yield name, tensor
+                checksums[name] = checksums_of(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
                 progress.update(tensor.nbytes)
+    write_checksums(folder, checksums)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": {name: weight_map[name] for name in tensors}}

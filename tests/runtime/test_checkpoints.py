@@ -117,7 +117,12 @@ def test_step_that_isn_t_there(folder: Path) -> None:
 
 def test_release(folder: Path) -> None:
     (folder / checkpoints.TRACKER).write_text("release\n")
+    assert f"names release, but {folder / 'release'} is missing" in problem(folder, None, "torch_dist")
+    (folder / "iter_0000002").rename(folder / "release")
     assert pick(folder) == Start(folder / "release")
+    assert problem(folder, None, "torch_dist") is None
+    os.truncate(shard(folder / "release"), 10)
+    assert "bytes of" in problem(folder, None, "torch_dist")
 
 
 def test_truncated_shard(folder: Path) -> None:
@@ -142,7 +147,7 @@ def test_missing_and_unreadable_shards(folder: Path) -> None:
     path.unlink()
     assert damage(path.parent, "torch_dist") == f"{path}: No such file or directory"
     path.mkdir()  # nothing that can be read; root reads whatever its mode is
-    assert damage(path.parent, "torch_dist") == f"{path}: Is a directory"
+    assert damage(path.parent, "torch_dist") == f"{path}: is a folder, not a regular file"
 
 
 def test_corrupt_metadata(folder: Path) -> None:
