@@ -207,7 +207,7 @@ def problem(
         return start.problem.replace("--load", flag, 1)
     if start.folder is None:
         hint = elsewhere(load)
-        return f"{flag} {load}: {_nothing(load)}{hint}" if required or hint else None
+        return f"{flag} {load}: {_nothing(load, flag)}{hint}" if required or hint else None
     if (fault := damage(start.folder, ckpt_format)) is None:
         return None
     others = _sound(load, ckpt_format, start.folder)
@@ -231,8 +231,8 @@ def _sound(load: Path, ckpt_format: str, but: Path) -> list[int]:
     return [n for n, folder in _iterations(load) if folder != but and _is_whole(folder, ckpt_format)]
 
 
-def _nothing(load: Path) -> str:
-    return "no checkpoint in it" if load.is_dir() else "no such folder"
+def _nothing(load: Path, flag: str) -> str:
+    return ("no checkpoint in it" if load.is_dir() else "no such folder") + (" (CKPT_LOAD)" if flag == "--load" else "")
 
 
 def read_tracker(folder: Path) -> int | Literal["release"] | None:

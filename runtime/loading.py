@@ -46,10 +46,23 @@ class CheckedReader(FileSystemReader):
 
 
 @contextmanager
-def as_data() -> Iterator[None]:
+def as_data() -> Iterator[list[str]]:
     """Inside the block, a checkpoint's index and its pickled state are read without running anything, and records with
-    wrong checksums are refused (`DamagedRecord`)."""
-    restricted = SimpleNamespace(**{**vars(pickle), "load": _load_index})
+    wrong checksums are refused (`DamagedRecord`).
+
+    Yields:
+        Why an index was refused: torch keeps that to itself and says "metadata is None".
+    """
+    refused: list[str] = []
+
+    def load_index(file: IO[bytes], **_: Any) -> Any:
+        try:
+            return checkpoints.read_index(file)
+        except Exception as error:
+            refused.append(f"{file.name} can't be read: {error}")
+            raise
+
+    restricted = SimpleNamespace(**{**vars(pickle), "load": load_index})
     slice_file = FileSystemReader._slice_file
     sound: set[tuple[str, int]] = set()
 
@@ -62,7 +75,7 @@ def as_data() -> Iterator[None]:
         mock.patch.object(FileSystemReader, "_slice_file", checked_slice),
         mock.patch.dict(os.environ, {WEIGHTS_ONLY: "1"}),
     ):
-        yield
+        yield refused
 
 
 def _check_once(sound: set[tuple[str, int]], folder: Path, file: IO[bytes], info: Any) -> None:
@@ -74,10 +87,6 @@ def _check_once(sound: set[tuple[str, int]], folder: Path, file: IO[bytes], info
     sound.add(place)
 
 
-def _load_index(file: IO[bytes], **_: Any) -> Any:
-    return checkpoints.read_index(file)
-
-
 @functools.cache
 def install() -> None:
     """Make Megatron's `load_checkpoint`, which its training loop calls by name, read checkpoints as data."""
@@ -87,7 +96,7 @@ def install() -> None:
 
     @functools.wraps(load)
     def load_as_data(*args: Any, **kwargs: Any) -> Any:
-        with as_data(), _failure_explained():
+        with as_data() as refused, _failure_explained(refused):
             return load(*args, **kwargs)
 
     loader: Callable[..., Any] = load_as_data
@@ -99,7 +108,7 @@ class CheckpointNotLoaded(RuntimeError):
 
 
 @contextmanager
-def _failure_explained() -> Iterator[None]:
+def _failure_explained(refused: list[str]) -> Iterator[None]:
     """Add to an error which checkpoint couldn't be loaded and which one can; no exit without an error.
 
     Megatron leaves with code 0 when `--exit-on-missing-checkpoint` finds nothing and when a file of its old format
@@ -114,7 +123,7 @@ def _failure_explained() -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        error.add_note(_what_there_is(get_args()))
+        error.add_note("; ".join([*dict.fromkeys(refused), _what_there_is(get_args())]))
         raise
 
 
