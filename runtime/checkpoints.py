@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Literal
 
 from models.json_files import regular_file_problem
+from runtime.checksums import record_problem
 from runtime.files import write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -161,6 +162,39 @@ def damage(folder: Path, ckpt_format: str) -> str | None:
         if size != end:
             return f"{shard} has {size} bytes of {end}"
     return None
+
+
+def deep_damage(folder: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint's files, every byte of its shards included; a line for each problem."""
+    ckpt_format = "torch_dist" if (folder / LAST_FILES["torch_dist"]).exists() else "fsdp_dtensor"
+    if problem := _lacks(folder, ckpt_format):
+        yield f"{folder}: {problem}"
+        return
+    if _is_legacy(folder):
+        yield f"{folder}: is in megatron's old format, which has no checksums"
+        return
+    if problem := damage(folder, ckpt_format):
+        yield problem
+        return
+    with open(folder / ".metadata", "rb") as file:
+        metadata = read_index(file, _IndexWithoutTorch)
+    # The same record under several names counts once.
+    records = {(record.relative_path, record.offset, record.length) for record in metadata.storage_data.values()}
+    names = defaultdict(list)
+    for index, record in metadata.storage_data.items():
+        names[record.relative_path, record.offset].append(index.fqn)
+    for name, offset, length in sorted(records):
+        with open(folder / name, "rb") as file:
+            if problem := record_problem(file, offset, length):
+                yield f"{folder / name}: {names[name, offset][0]}, at byte {offset:,}, is damaged: {problem}"
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """A folder's checkpoints, whole or not, the converted one included; or the folder itself if it is one."""
+    if (folder / ".metadata").exists():
+        return [folder]
+    release = [folder / RELEASE] if (folder / RELEASE).is_dir() else []
+    return release + [path for _, path in _iterations(folder)]
 
 
 def read_index(file: IO[bytes], unpickler: type[IndexUnpickler] | None = None) -> Any:
