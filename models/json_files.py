@@ -139,8 +139,8 @@ def _no_constant(text: str) -> float:
 def _without_repetitions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        keys = [key for key, _ in pairs]
+        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
         raise ValueError(f"has the key {twice!r} twice in one object")
     return content
 

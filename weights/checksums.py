@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from models.json_files import JsonError, read_object
-from models.json_schema import Integer, mapping, problems
+from models.json_schema import Check, Integer, mapping, problems
 
 CHECKSUMS = "checksums.json"
 BLOCK = 2**24  # bytes
@@ -45,7 +45,7 @@ def read_checksums(folder: Path, sizes: Mapping[str, int]) -> tuple[dict[str, li
         record = read_object(folder / CHECKSUMS)
     except JsonError as error:
         return {}, [f"{CHECKSUMS}: {error.reason}"]
-    schema = {"block_bytes": Integer(BLOCK, BLOCK), "tensors": mapping, "algorithm": _crc32}
+    schema: dict[str, Check] = {"block_bytes": Integer(BLOCK, BLOCK), "tensors": mapping, "algorithm": _crc32}
     if wrong := problems(record, schema, required=schema):
         return {}, [f"{CHECKSUMS}: {problem}" for problem in wrong]
     tensors = record["tensors"]
