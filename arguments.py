@@ -28,6 +28,7 @@ from runtime.megatron_flags import add_megatron_flags
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
 from weights.check import DESCRIPTION, check_folder, hf_weights_of, is_hub_name, local_folder
 from weights.folder import FolderError, HfFolder, has_processor, has_weights, parse_size, read_config
+from weights.schema import description_problems
 
 # What the training loop of this harness is made for; not a matter of taste.
 ALWAYS = (
@@ -274,6 +275,7 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
         command_line += ["--ckpt-step", str(start.step)]
     problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args)
     problems += _hf_weights(args, spec, weights_are_here)
+    problems += _processor_files(args) + _checkpoint_model(args, spec)
     if problems:
         raise Refused(problems)
     return command_line
@@ -394,6 +396,33 @@ def _hf_weights(args: Namespace, spec: ModelSpec, weights_are_here: bool) -> lis
     except ValueError as error:
         problems.append(f"--load-hf {error}")
     return problems
+
+
+def _checkpoint_model(args: Namespace, spec: ModelSpec) -> list[str]:
+    """Refusals of a checkpoint whose `hf/config.json` describes another model than the flags, each with both values."""
+    load = args.load or args.pretrained_checkpoint
+    if (
+        spec.hf_weights is None
+        or not load
+        or checkpoints.choose(Path(load), args.ckpt_step, args.ckpt_format).folder is None
+    ):
+        return []
+    flag, hf = ("--load" if args.load else "--pretrained-checkpoint"), Path(load) / "hf"
+    if not (hf / "config.json").exists():
+        return []
+    try:
+        differing = spec.hf_weights.mismatches(args, read_config(hf))
+    except ValueError as error:
+        return [f"{flag} {error}"]
+    return [f"{flag} {load}: its checkpoints are of another model: {difference}" for difference in differing]
+
+
+def _processor_files(args: Namespace) -> list[str]:
+    """Refusals of values in a local `--hf-processor-path`'s files; `--load-hf`'s own are checked with its weights."""
+    folder = None if args.hf_processor_path is None else Path(args.hf_processor_path).expanduser()
+    if folder is None or not folder.is_dir() or args.hf_processor_path == args.load_hf:
+        return []
+    return [f"--hf-processor-path {folder}: {problem}" for problem in description_problems(folder)]
 
 
 def _architecture(args: Namespace) -> tuple[ModelSpec, list[str]]:

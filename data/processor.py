@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
@@ -11,6 +12,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from data.processor_files import VISION_TOKENS, vocab_size
 from data.receipts.processor import processor_for
 from data.sample import TURN_END, TURN_START, image_token
+from weights.schema import description_problems
 
 
 def load_processor(args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin:
@@ -38,8 +40,11 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
         ValueError: it can't be read, or lacks an image processor, an image token, turn markers or any token to
             pad with.
     """
+    if Path(path).expanduser().is_dir() and (problems := description_problems(Path(path).expanduser())):
+        raise ValueError(f"{flag} {path}: {'; '.join(problems)}")
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        # Never True, never asked for: None would ask on standard input whether to run the folder's code.
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path}: {error}") from error
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():

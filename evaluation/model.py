@@ -26,9 +26,9 @@ from data.images import open_image
 from data.processor import contradiction, read_processor
 from data.sample import TURN_END, Sample, SampleOptions, build_sample, image_token
 from runtime.checkpoints import TRACKER
-from weights.check import hf_weights_of
+from weights.check import check_folder, hf_weights_of
 from weights.checkpoint import export_checkpoint
-from weights.folder import read_config
+from weights.folder import FolderError, HfFolder, read_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -114,8 +114,15 @@ class HfModel:
         if not has_gpu:
             transformers.logging.set_verbosity_error()  # it would advise to install the GPU's kernels
         transformers.logging.disable_progress_bar()
-        config = read_config(folder)
-        hf_weights = hf_weights_of(config, folder)  # refuses other architectures
+        try:
+            config = read_config(folder)
+            hf_weights = hf_weights_of(config, folder)  # refuses other architectures
+            opened = HfFolder.open(folder)
+            check_folder(hf_weights, opened, config)
+            if damage := list(opened.damage()):
+                raise FolderError(folder, damage)
+        except FolderError as error:
+            raise ValueError(f"--load {error}") from error
         processor = read_processor(str(folder), "--load")
         if problem := contradiction(processor, config):
             raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")
@@ -125,6 +132,7 @@ class HfModel:
                     folder,
                     dtype="auto" if has_gpu else torch.float32,
                     use_safetensors=True,
+                    trust_remote_code=False,
                     local_files_only=True,
                     output_loading_info=True,
                 )

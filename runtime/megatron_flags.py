@@ -60,6 +60,7 @@ _TEXTS: dict[str, str | None] = {
     "--pipeline-model-parallel-layout": None,
     "--ckpt-format": "torch_dist",
     "--load": None,
+    "--pretrained-checkpoint": None,
     "--save": None,
     "--wandb-project": None,
 }

@@ -327,17 +327,28 @@ def _checkpoint(args: Namespace) -> list[str]:
         )
     if args.use_megatron_fsdp and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         problems.append("--use-megatron-fsdp: unset the environment's CUDA_DEVICE_MAX_CONNECTIONS=1")
-    if args.load and args.exit_on_missing_checkpoint and not Path(args.load).exists():
-        problems.append(f"--load {args.load}: no such folder (CKPT_LOAD)")
     # One rank's look into the files is enough: all of them stop with it.
-    if args.load and os.environ.get("RANK", "0") == "0":
-        problem = checkpoints.problem(Path(args.load), args.ckpt_step, args.ckpt_format)
-        problems += [problem] if problem else []
+    if os.environ.get("RANK", "0") == "0":
+        problems += _start(args)
     if args.keep_last is not None and args.keep_last < 1:
         problems.append(f"--keep-last {args.keep_last}: has to be at least 1 (KEEP_LAST)")
     if args.keep_last is not None and args.save_retain_interval is not None:
         problems.append("--keep-last with --save-retain-interval: both delete checkpoints; give one")
     return problems
+
+
+def _start(args: Namespace) -> list[str]:
+    """Refusals of the checkpoint that the run starts from: what isn't there, isn't whole or names code."""
+    found = []
+    load, pretrained, step = args.load, args.pretrained_checkpoint, args.ckpt_step
+    if load:
+        required = args.exit_on_missing_checkpoint and not pretrained
+        found.append(checkpoints.problem(Path(load), step, args.ckpt_format, "--load", required=required))
+    # Megatron takes it where --load has no checkpoint.
+    if pretrained and (not load or checkpoints.choose(Path(load), step, args.ckpt_format).folder is None):
+        folder = Path(pretrained)
+        found.append(checkpoints.problem(folder, step, args.ckpt_format, "--pretrained-checkpoint", required=True))
+    return [problem for problem in found if problem is not None]
 
 
 def _processor(args: Namespace) -> list[str]:

@@ -13,6 +13,8 @@ import pytest
 
 import arguments
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from runtime.checkpoints import TRACKER
+from tests.small_checkpoint import write
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/run_qwen35_vl.sh"
@@ -107,6 +109,7 @@ def test_defaults_with_gpus(tmp_path: Path) -> None:
 
 
 # variables, the flags that they become (in order)
+SAVED = "A FOLDER OF CHECKPOINTS"  # the fixture's stands in its place
 SETTINGS = {
     "layout": (
         {"GPUS_PER_NODE": "4", "TP": "2", "CP": "2"},
@@ -135,13 +138,13 @@ SETTINGS = {
     ),
     "tokenizer": ({"TOKENIZER_MODEL": "Qwen/Qwen3.5-9B"}, "--hf-processor-path Qwen/Qwen3.5-9B"),
     "fine-tuning": (
-        {"CKPT_LOAD": str(ROOT), "CKPT_FORMAT": "torch_dist"},
-        f"--lr 1e-5 --min-lr 1e-6 --ckpt-format torch_dist --exit-on-missing-checkpoint --load {ROOT} --finetune "
+        {"CKPT_LOAD": SAVED, "CKPT_FORMAT": "torch_dist"},
+        f"--lr 1e-5 --min-lr 1e-6 --ckpt-format torch_dist --exit-on-missing-checkpoint --load {SAVED} --finetune "
         "--no-load-optim --no-load-rng",
     ),
     "resuming": (
-        {"CKPT_LOAD": str(ROOT), "CKPT_RESUME": "1", "CKPT_OVERRIDE_SCHEDULER": "1"},
-        f"--lr 1e-3 --load {ROOT} --exit-on-missing-checkpoint --override-opt-param-scheduler",
+        {"CKPT_LOAD": SAVED, "CKPT_RESUME": "1", "CKPT_OVERRIDE_SCHEDULER": "1"},
+        f"--lr 1e-3 --load {SAVED} --exit-on-missing-checkpoint --override-opt-param-scheduler",
     ),
     "resuming its own": ({"CKPT_RESUME": "1", "OUTPUT_DIR": "/tmp/run"}, "--load /tmp/run/checkpoints"),
     "profile": (
@@ -159,12 +162,20 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("saved")
+    write(folder, 2)
+    (folder / TRACKER).write_text("2")
+    return str(folder)
+
+
 @pytest.mark.parametrize("case", SETTINGS)
-def test_settings_become_flags(case: str) -> None:
+def test_settings_become_flags(case: str, saved: str) -> None:
     variables, expected = SETTINGS[case]
-    _, flags = command_of(launch(**variables))
+    _, flags = command_of(launch(**{name: value.replace(SAVED, saved) for name, value in variables.items()}))
     rest = iter(flags)
-    for word in shlex.split(expected):
+    for word in shlex.split(expected.replace(SAVED, saved)):
         assert word in rest, f"{word} is missing, or not where it was expected"
 
 
@@ -213,6 +224,7 @@ REFUSED = {
     "layout": ({"TP": "2", "GPUS_PER_NODE": "3"}, "--tensor-model-parallel-size 2"),
     "variant": ({"MODEL_VARIANT": "tinny"}, "did you mean tiny?"),
     "checkpoint": ({"CKPT_LOAD": "/nowhere"}, "--load /nowhere"),
+    "folder without a checkpoint": ({"CKPT_LOAD": str(ROOT)}, f"--load {ROOT}: no checkpoint in it (CKPT_LOAD)"),
 }
 
 
@@ -229,8 +241,8 @@ def test_help_starts_nothing() -> None:
     assert run.returncode == 0 and "--dataset-provider" in run.stdout and "torchrun" not in run.stdout
 
 
-def test_fine_tuning_says_its_learning_rate() -> None:
-    assert "--lr 1e-5" in launch(CKPT_LOAD=str(ROOT)).stderr
+def test_fine_tuning_says_its_learning_rate(saved: str) -> None:
+    assert "--lr 1e-5" in launch(CKPT_LOAD=saved).stderr
 
 
 def test_dry_run_leaves_nothing(tmp_path: Path) -> None:

@@ -238,17 +238,17 @@ def test_weights_that_are_missing_or_damaged(broken: Path) -> None:
     tensors = load_file(file)
     name = "model.language_model.layers.1.mlp.down_proj.weight"
     save_file({key: value for key, value in tensors.items() if key != name}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"1 weights are missing: {name}"):
+    with pytest.raises(ValueError, match=f"--load .*broken: {name}: missing"):
         HfModel.load(broken)
     save_file({**tensors, name: tensors[name][:-1].contiguous()}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"--load .*broken: transformers can't load it: .*"):
+    with pytest.raises(ValueError, match=f"--load .*broken: {name}: has shape"):
         HfModel.load(broken)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"--load .*broken: transformers can't load it"):
+    with pytest.raises(ValueError, match=r"--load .*broken: model.safetensors is cut short or damaged"):
         HfModel.load(broken)
     file.unlink()
     torch.save(tensors, broken / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"--load .*broken: transformers can't load it"):
+    with pytest.raises(ValueError, match=r"--load .*broken: pytorch_model.bin is a pickle"):
         HfModel.load(broken)
 
 
