@@ -54,6 +54,7 @@ _SWITCHES = (
     "--init-model-with-meta-device",
     "--exit-on-missing-checkpoint",
     "--async-save",
+    "--finetune",
 )
 _TEXTS: dict[str, str | None] = {
     "--linear-attention-freq": None,
@@ -61,6 +62,7 @@ _TEXTS: dict[str, str | None] = {
     "--ckpt-format": "torch_dist",
     "--load": None,
     "--save": None,
+    "--tensorboard-dir": None,
     "--wandb-project": None,
 }
 
