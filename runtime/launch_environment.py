@@ -30,6 +30,7 @@ def problems(ranks: int) -> list[str]:
     bounds = (
         ("MASTER_PORT", 1, 65535),
         ("OMP_NUM_THREADS", 1, None),
+        ("SAVE_SECONDS", 1, None),  # scripts/agent.py
         ("RANK", 0, ranks - 1),
         ("LOCAL_RANK", 0, ranks - 1),
     )

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -54,8 +55,10 @@ def _unwritable(flag: str, folder: Path) -> list[str]:
         there = there.parent
     if not there.is_dir():
         return [f"{flag} {folder}: {there} is a file; give another folder (OUTPUT_DIR)"]
-    if not os.access(there, os.W_OK | os.X_OK):
-        return [f"{flag} {folder}: {there} can't be written by this user; give another folder (OUTPUT_DIR)"]
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # permissions alone don't say it: read-only disks, root, quotas
+    except OSError as error:
+        return [f"{flag} {folder}: {there} can't be written ({error.strerror}); give another folder (OUTPUT_DIR)"]
     return []
 
 
