@@ -8,9 +8,11 @@ step read neighbouring blocks of packs, so the global order doesn't depend on ho
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,17 +22,17 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data import DATASET_PROVIDERS
+from data import DATASET_PROVIDERS, shared_memory
 from data.batch import Batch, CollatePacks, FlatBatch, collate, flatten, unflatten
 from data.conversation import Split
 from data.pack import IndexedPacks, PackPlan, SampleDataset, Sizes, measure
 from models.context_parallel import document_alignment
-from runtime import checkpoints
+from runtime import checkpoints, lifetime
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from models.spec import ModelSpec
+    from models.spec import ModelInputs, ModelSpec
 
 # A batch's header is at most this long, so that its broadcast needs no length first.
 HEADER_BYTES = 1 << 14
@@ -109,9 +111,11 @@ class BatchReader(Iterator[Batch]):
         micro_batch_size: packs of a micro-batch.
         global_batch_size: packs of a step, over all ranks.
         workers: processes that load; 0 loads in this one.
+        timeout: seconds that the workers may take for a batch.
 
     Attributes:
         source: where the next micro-batch of the whole data-parallel step starts.
+        micro_batch_size: as given.
     """
 
     def __init__(
@@ -124,14 +128,16 @@ class BatchReader(Iterator[Batch]):
         global_batch_size: int,
         workers: int,
         device: torch.device,
+        timeout: float = 600,
     ) -> None:
         self.source = source
         self._collate = collate_packs
         self._ranks = ranks
-        self._micro_batch_size = micro_batch_size
+        self.micro_batch_size = micro_batch_size
         self._global_batch_size = global_batch_size
         self._workers = workers
         self._device = device
+        self._timeout = timeout
         self._evaluation_iterations: int | None = None
         self._loader: Iterator[FlatBatch] | None = None
 
@@ -159,9 +165,10 @@ class BatchReader(Iterator[Batch]):
         if self._ranks.loads:
             if self._loader is None:
                 self._loader = self._start()
-            own = next(self._loader)
+            with self._silence_explained():
+                own = next(self._loader)
         flat = broadcast(own, self._ranks, self._device)
-        self.source.position += self._micro_batch_size * self._ranks.data_size
+        self.source.position += self.micro_batch_size * self._ranks.data_size
         return unflatten(flat)
 
     def save_state(self) -> dict[str, Any] | None:
@@ -171,24 +178,46 @@ class BatchReader(Iterator[Batch]):
     def _start(self) -> Iterator[FlatBatch]:
         """Workers are forked at the first batch: they inherit the dataset, and a loader that isn't read costs nothing.
 
-        torch gives each worker one thread.
+        torch gives each worker one thread. A SIGTERM to the job is the rank's alone: it needs them until it has saved.
         """
-        return iter(
-            DataLoader(
-                MicroBatches(
-                    self.source,
-                    self._collate,
-                    self._ranks,
-                    micro_batch_size=self._micro_batch_size,
-                    global_batch_size=self._global_batch_size,
-                ),
-                batch_size=None,
-                num_workers=self._workers,
-                multiprocessing_context="fork" if self._workers else None,
-                pin_memory=self._device.type == "cuda",
-                generator=torch.Generator(),  # the default one's state is the training's, and in its checkpoints
+        with lifetime.shielded():
+            return iter(
+                DataLoader(
+                    MicroBatches(
+                        self.source,
+                        self._collate,
+                        self._ranks,
+                        micro_batch_size=self.micro_batch_size,
+                        global_batch_size=self._global_batch_size,
+                    ),
+                    batch_size=None,
+                    num_workers=self._workers,
+                    prefetch_factor=shared_memory.PREFETCH if self._workers else None,
+                    multiprocessing_context="fork" if self._workers else None,
+                    worker_init_fn=partial(_begin_worker, os.getpid()),
+                    timeout=self._timeout if self._workers else 0,
+                    pin_memory=self._device.type == "cuda",
+                    generator=torch.Generator(),  # the default one's state is the training's, and in its checkpoints
+                )
             )
-        )
+
+    @contextmanager
+    def _silence_explained(self) -> Iterator[None]:
+        """Add to torch's error of workers that give nothing what to look for."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "timed out" in str(error):
+                error.add_note(
+                    f"No batch of {self.source.name} in {self._timeout / 60:g} minutes (--loader-timeout-minutes). Is "
+                    "there an error of a worker above, such as a full /dev/shm (docker run --shm-size)? Does the disk "
+                    "of the data answer? Is a sample very slow to decode?"
+                )
+            raise
+
+
+def _begin_worker(parent: int, _: int) -> None:
+    lifetime.end_with_parent(parent)
 
 
 def broadcast(flat: FlatBatch | None, ranks: Ranks, device: torch.device) -> FlatBatch:
@@ -318,6 +347,7 @@ def _build_readers(
             global_batch_size=global_batch_size,
             workers=args.num_workers,
             device=device,
+            timeout=60 * args.loader_timeout_minutes,
         )
 
     train = valid = test = None
@@ -335,7 +365,29 @@ def _build_readers(
                 iterations=None if args.full_validation else args.eval_iters, batch_size=args.eval_global_batch_size
             )
         valid.source.position = args.consumed_valid_samples
+    if ranks.loads:
+        _check_shared_memory(
+            [reader for reader in (train, valid, test) if reader is not None], args, model_inputs, with_vision
+        )
     return train, valid, test
+
+
+def _check_shared_memory(
+    readers: list[BatchReader], args: Namespace, model_inputs: ModelInputs, with_vision: bool
+) -> None:
+    """Refuse a run whose loaders would fill /dev/shm and hang."""
+    needs = {
+        reader.source.name: shared_memory.loader_bytes(
+            reader.source.patches_of_packs(),
+            micro_batch_size=reader.micro_batch_size,
+            tokens=args.seq_length,
+            bytes_of_patch=model_inputs.patch_dim * args.params_dtype.itemsize if with_vision else 0,
+            workers=args.num_workers,
+        )
+        for reader in readers
+    }
+    ranks_per_batch = args.tensor_model_parallel_size * args.context_parallel_size
+    shared_memory.check(needs, shared_memory.loaders_here(ranks_per_batch))
 
 
 def _ranks(device: torch.device) -> Ranks:

@@ -31,6 +31,13 @@ DATA = "data"
 # What a checkpoint's last file is, by --ckpt-format.
 LAST_FILES = {"torch_dist": "metadata.json", "fsdp_dtensor": ".metadata"}
 
+# What to do about a checkpoint with another schedule.
+SCHEDULE_FIX = (
+    "--override-opt_param-scheduler (CKPT_OVERRIDE_SCHEDULER=1) takes this command line's, "
+    "--use-checkpoint-opt_param-scheduler the checkpoint's; else give the flags that it was made with "
+    "(--train-iters, --lr, ...)"
+)
+
 
 @dataclass(frozen=True)
 class Start:
@@ -59,11 +66,7 @@ def schedule_explained() -> Iterator[None]:
         yield
     except AssertionError as error:
         if "OptimizerParamScheduler" in str(error):
-            error.add_note(
-                "The checkpoint was made with another schedule. --override-opt_param-scheduler "
-                "(CKPT_OVERRIDE_SCHEDULER=1) takes this command line's, --use-checkpoint-opt_param-scheduler the "
-                "checkpoint's; else give the flags that it was made with (--train-iters, --lr, ...)"
-            )
+            error.add_note(f"The checkpoint was made with another schedule. {SCHEDULE_FIX}")
         raise
 
 
@@ -321,6 +324,26 @@ def keep_last(save: Path, count: int, ckpt_format: str) -> list[int]:
     gone = [n for n, _ in older if n not in kept]
     for iteration in gone:
         _delete(save, iteration)
+    return gone
+
+
+def names(folder: Path) -> list[str]:
+    """Everything in a folder that is a checkpoint, whole or not, the oldest first."""
+    found = [RELEASE] if (folder / RELEASE).is_dir() else []
+    return found + [path.name for _, path in _iterations(folder)]
+
+
+def delete_all(save: Path) -> list[str]:
+    """Delete every checkpoint of a folder, first what makes one count.
+
+    Returns:
+        Their names.
+    """
+    gone = names(save)
+    _write_tracker(save, None)
+    for iteration, _ in list(_iterations(save)):
+        _delete(save, iteration)
+    shutil.rmtree(save / RELEASE, ignore_errors=True)
     return gone
 
 

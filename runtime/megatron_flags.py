@@ -54,6 +54,7 @@ _SWITCHES = (
     "--init-model-with-meta-device",
     "--exit-on-missing-checkpoint",
     "--async-save",
+    "--finetune",
 )
 _TEXTS: dict[str, str | None] = {
     "--linear-attention-freq": None,
@@ -62,6 +63,7 @@ _TEXTS: dict[str, str | None] = {
     "--load": None,
     "--pretrained-checkpoint": None,
     "--save": None,
+    "--tensorboard-dir": None,
     "--wandb-project": None,
 }
 

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from math import lcm
 from pathlib import Path
 
-from runtime import checkpoints
+from runtime import checkpoints, launch_environment, output_folder
 from runtime.machine import Machine
 from runtime.megatron_flags import MAY_BE_ZERO, NUMBERS, REQUIRED, known_flags
 
@@ -32,6 +32,9 @@ UNSUPPORTED = {
     "--data-path": "data comes from --dataset-provider",
     "--mock-data": "use --dataset-provider mock",
 }
+
+# Megatron's own choices (training/config/training_config.py).
+CKPT_FORMATS = ("torch_dist", "fsdp_dtensor", "torch", "torch_dcp")
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -79,6 +82,8 @@ def refusals(args: Namespace, command_line: list[str], machine: Machine, world_s
         *_experts(args, world_size),
         *_pipeline(args),
         *_checkpoint(args),
+        *output_folder.problems(args),
+        *launch_environment.problems(world_size),
         *_processor(args),
     ]
 
@@ -313,6 +318,8 @@ def _pipeline(args: Namespace) -> list[str]:
 
 
 def _checkpoint(args: Namespace) -> list[str]:
+    if args.ckpt_format not in CKPT_FORMATS:
+        return [f"{unknown_name('--ckpt-format', args.ckpt_format, CKPT_FORMATS)} (CKPT_FORMAT)"]
     problems = []
     if args.use_megatron_fsdp != (args.ckpt_format == "fsdp_dtensor"):
         wanted = "fsdp_dtensor" if args.use_megatron_fsdp else "torch_dist"

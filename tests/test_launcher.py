@@ -18,6 +18,7 @@ from tests.small_checkpoint import write
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/run_qwen35_vl.sh"
+AGENT = str(ROOT / "scripts/agent.py")
 FAKE_DRIVER = "int cuInit(unsigned f) { return 0; } int cuDeviceGetCount(int *n) { *n = 2; return 0; }"
 
 SLOW_TO_BUILD = ("35b_a3b", "122b_a10b", "397b_a17b")  # 10,000 experts and more, each a module
@@ -84,7 +85,7 @@ def test_every_variant_builds(variant: str, single_rank: None, monkeypatch: pyte
 
 def test_defaults_without_a_gpu() -> None:
     start, flags = command_of(launch())
-    assert start[start.index("torchrun") :] == ["torchrun", "--nproc-per-node", "1", "--standalone"]
+    assert start[start.index("python") :] == ["python", AGENT, "--nproc-per-node", "1", "--standalone"]
     assert f"OMP_NUM_THREADS={os.cpu_count()}" in start and "CUDA_DEVICE_MAX_CONNECTIONS=1" in start
     assert value(flags, "--model-variant") == "tiny" and value(flags, "--dataset-provider") == "receipts"
     assert value(flags, "--train-iters") == "200" and value(flags, "--save").startswith("./outputs/")
@@ -98,7 +99,7 @@ def test_defaults_with_gpus(tmp_path: Path) -> None:
     library = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
     subprocess.run(library, check=True)
     start, flags = command_of(launch("--allow-slow-kernels", library_path=tmp_path))
-    assert start[start.index("torchrun") + 1 : start.index("torchrun") + 3] == ["--nproc-per-node", "2"]
+    assert start[start.index(AGENT) + 1 : start.index(AGENT) + 3] == ["--nproc-per-node", "2"]
     assert value(flags, "--model-variant") == "proxy" and "--bf16" in flags
     assert value(flags, "--ckpt-format") == "fsdp_dtensor" and "--use-megatron-fsdp" in flags
     assert value(flags, "--data-parallel-sharding-strategy") == "optim_grads_params"
@@ -156,8 +157,8 @@ SETTINGS = {
         "--save '/tmp/a run/checkpoints' --save-interval 7 --tensorboard-dir '/tmp/a run/tensorboard'",
     ),
     "names": (
-        {"ROOT_DIR": "/data/runs/", "EXP_NAME": "first", "TENSORBOARD_LOGS_PATH": "/data/events"},
-        "--save /data/runs/first/checkpoints --tensorboard-dir /data/events",
+        {"ROOT_DIR": "/tmp/runs/", "EXP_NAME": "first", "TENSORBOARD_LOGS_PATH": "/tmp/events"},
+        "--save /tmp/runs/first/checkpoints --tensorboard-dir /tmp/events",
     ),
 }
 
@@ -198,7 +199,7 @@ def test_global_batch_follows_the_ranks() -> None:
 def test_several_nodes() -> None:
     start, _ = command_of(launch(NNODES="2", NODE_RANK="1", MASTER_ADDR="first", GPUS_PER_NODE="4"))
     assert shlex.join(start).endswith(
-        "torchrun --nproc-per-node 4 --nnodes 2 --node-rank 1 --master-port 6000 --master-addr first"
+        f"python {AGENT} --nproc-per-node 4 --nnodes 2 --node-rank 1 --master-port 6000 --master-addr first"
     )
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "MASTER_PORT": "7000", "MASTER_ADDR": "first"}
     start, _ = command_of(launch(**slurm))
@@ -225,6 +226,22 @@ REFUSED = {
     "variant": ({"MODEL_VARIANT": "tinny"}, "did you mean tiny?"),
     "checkpoint": ({"CKPT_LOAD": "/nowhere"}, "--load /nowhere"),
     "folder without a checkpoint": ({"CKPT_LOAD": str(ROOT)}, f"--load {ROOT}: no checkpoint in it (CKPT_LOAD)"),
+    "port": ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc: expected a number from 1 to 65535"),
+    "port's range": ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: expected a number from 1 to 65535"),
+    "node": (
+        {"NODE_RANK": "5", "NNODES": "2", "MASTER_ADDR": "first"},
+        "NODE_RANK=5: expected a number below NNODES=2",
+    ),
+    "node alone": ({"NODE_RANK": "1"}, "NODE_RANK=1: expected a number below NNODES=1"),
+    "rank": ({"LAUNCHER": "python", "RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: expected a number from 0 to 1"),
+    "local rank": ({"LAUNCHER": "python", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK=x: expected a number"),
+    "threads": ({"OMP_NUM_THREADS": "abc"}, "OMP_NUM_THREADS=abc: expected a number from 1 on"),
+    "no threads": ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS=0: expected a number from 1 on"),
+    "format": ({"CKPT_FORMAT": "torch_dst"}, "--ckpt-format torch_dst: no such name; did you mean torch_dist?"),
+    "output": ({"OUTPUT_DIR": f"{SCRIPT}/run"}, f"--save {SCRIPT}/run/checkpoints: {SCRIPT} is a file"),
+    "read-only output": ({"OUTPUT_DIR": "/proc/run"}, "--save /proc/run/checkpoints: /proc can't be written"),
+    "events": ({"TENSORBOARD_LOGS_PATH": str(SCRIPT)}, f"--tensorboard-dir {SCRIPT}: {SCRIPT} is a file"),
+    "time to save": ({"SAVE_SECONDS": "1e3"}, "SAVE_SECONDS=1e3: expected a number from 1 on"),
 }
 
 

@@ -166,6 +166,16 @@ def has_weights(path: Path) -> bool:
     return path.is_dir() and any(path.glob("*.safetensors"))
 
 
+def occupied(target: Path) -> str | None:
+    """Why `new_folder` can't make a folder there; None: there is nothing, or an empty folder."""
+    if has_weights(target):
+        return "it is there already and has a model in it"
+    if target.is_dir():
+        first = next((path.name for path in target.iterdir()), None)
+        return None if first is None else f"it is there already and has other files in it, {first} for one"
+    return "it is there already and isn't a folder" if target.exists() else None
+
+
 def has_processor(path: Path) -> bool:
     return any((path / name).is_file() for name in PROCESSOR_FILES)
 
@@ -381,8 +391,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         FolderError: `target` is there already, and not empty.
     """
     target = target.absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FolderError(target, ["it is there already; give a new folder"])
+    if there := occupied(target):
+        raise FolderError(target, [f"{there}; give a new folder"])
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -36,6 +36,7 @@ from data.receipts import values as receipt_values
 from data.receipts.drawing import draw
 from data.receipts.values import ask, draw_receipt
 from data.sample import SampleOptions
+from runtime import lifetime
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -167,7 +168,8 @@ def make_row(split: str, index: int, seed: int) -> dict[str, Any]:
 
 def _write_split(file: Path, split: str, count: int, seed: int) -> None:
     workers = min(4, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, lifetime.end_with_parent, (os.getpid(),)) as pool:
         rows = list(pool.map(partial(make_row, split, seed=seed), range(count), chunksize=32))
     features = datasets.Features({"image": datasets.Image(), "ground_truth": datasets.Value("string")})
     table = datasets.Dataset.from_list(rows, features=features)

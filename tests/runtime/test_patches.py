@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -433,3 +434,80 @@ class TestFsdpStartsFromLoadedWeights:
 
     def test_patched(self) -> None:
         importlib.import_module(self.NAME).DistributedOptimizer._copy_model_params_to_main_params(self.OPTIMIZER)
+
+
+class TestOtherRates:
+    """A checkpoint's groups are found at other learning rates, and the schedule's switches say which rates hold."""
+
+    NAME = "megatron.core.optimizer.optimizer"
+
+    @staticmethod
+    def group(rate: float, decay: float, **more: object) -> dict:
+        return {"max_lr": rate, "min_lr": rate / 10, "wd_mult": decay, "default_config": True, "params": [0], **more}
+
+    def matched(self, optimizer_class: type, current: list[dict], saved: list[dict]) -> list[dict]:
+        return optimizer_class._filter_and_reorder_param_groups(current, saved)
+
+    @pytest.fixture
+    def switches(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+        switches = SimpleNamespace(override_opt_param_scheduler=False, use_checkpoint_opt_param_scheduler=False)
+        monkeypatch.setattr("megatron.training.global_vars._GLOBAL_ARGS", switches)
+        return switches
+
+    def test_is_still_broken(self) -> None:
+        with pytest.raises(ValueError, match="Could not find parameter group with key"):
+            self.matched(pristine(self.NAME).MegatronOptimizer, [self.group(0.5, 1)], [self.group(0.1, 1)])
+
+    def test_patched(self, switches: SimpleNamespace) -> None:
+        mine = [self.group(0.5, 1, params=[0]), self.group(0.5, 0, params=[1])]
+        theirs = [self.group(0.1, 0, step=7, params=[2]), self.group(0.1, 1, step=8, params=[3])]
+        optimizer_class = importlib.import_module(self.NAME).MegatronOptimizer
+        switches.override_opt_param_scheduler = True
+        assert self.matched(optimizer_class, mine, theirs) == [
+            self.group(0.5, 1, step=8, params=[2]),
+            self.group(0.5, 0, step=7, params=[3]),
+        ]
+        switches.override_opt_param_scheduler, switches.use_checkpoint_opt_param_scheduler = False, True
+        assert [group["max_lr"] for group in self.matched(optimizer_class, mine, theirs)] == [0.1, 0.1]
+
+    def test_other_rates_need_a_switch(self, switches: SimpleNamespace) -> None:
+        optimizer_class = importlib.import_module(self.NAME).MegatronOptimizer
+        with pytest.raises(ValueError, match=r"max_lr 0.1, min_lr .*CKPT_OVERRIDE_SCHEDULER=1"):
+            self.matched(optimizer_class, [self.group(0.5, 1)], [self.group(0.1, 1)])
+
+    def test_groups_that_differ_in_their_rates_alone(self, switches: SimpleNamespace) -> None:
+        """The equal one is found; with none, it can't be told which is which."""
+        optimizer_class = importlib.import_module(self.NAME).MegatronOptimizer
+        theirs = [self.group(0.1, 1, step=7), self.group(0.2, 1, step=8)]
+        mine = [self.group(0.2, 1), self.group(0.1, 1)]
+        assert [group["step"] for group in self.matched(optimizer_class, mine, theirs)] == [8, 7]
+        with pytest.raises(ValueError, match="2 that differ in their learning rates"):
+            self.matched(optimizer_class, [self.group(0.5, 1), self.group(0.6, 1)], theirs)
+
+
+class TestFirstLoss:
+    """A line in the log for each iteration, whose sums start anew after each."""
+
+    @staticmethod
+    def flags(monkeypatch: pytest.MonkeyPatch, interval: int) -> list[bool]:
+        """`is_first_iteration` as Megatron's own function gets it, for the iterations 1, 2 and 3."""
+        from megatron.training import training
+
+        got: list[bool] = []
+        with monkeypatch.context() as context:
+            context.setattr("megatron.training.global_vars._GLOBAL_ARGS", SimpleNamespace(log_interval=interval))
+            context.setattr(
+                training, "training_log", lambda *_, is_first_iteration, **__: got.append(is_first_iteration)
+            )
+            patches.first_loss_counts_once()
+            for iteration in (1, 2, 3):
+                training.training_log({}, {}, 0.1, iteration, is_first_iteration=iteration == 1)
+        return got
+
+    def test_is_still_broken(self) -> None:
+        source = inspect.getsource(pristine("megatron.training.training").training_log)
+        assert "should_reset = not is_first_iteration" in source
+
+    def test_patched(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.flags(monkeypatch, 1) == [False, False, False]
+        assert self.flags(monkeypatch, 2) == [True, False, False]
