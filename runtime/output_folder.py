@@ -101,10 +101,10 @@ def lock(folder: Path, *, look_only: bool = False) -> IO[str] | None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        owner = _owner(file.read())
+        other = _owner(file.read())
         file.close()
         raise FolderInUse(
-            f"{folder}: {owner} is saving into it; wait for it or end it, or give another OUTPUT_DIR (--save)"
+            f"{folder}: {other} is saving into it; wait for it or end it, or give another OUTPUT_DIR (--save)"
         ) from None
     except OSError as error:
         print(f"notice: {path} can't be locked ({error.strerror}): a second run into it won't be noticed", flush=True)
@@ -112,7 +112,8 @@ def lock(folder: Path, *, look_only: bool = False) -> IO[str] | None:
         file.close()
         return None
     file.truncate(0)
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    owner: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid()}
+    owner["start"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
     if job := os.environ.get("SLURM_JOB_ID"):
         owner["slurm_job"] = job
     file.write(json.dumps(owner) + "\n")
