@@ -112,11 +112,8 @@ def lock(folder: Path, *, look_only: bool = False) -> IO[str] | None:
         file.close()
         return None
     file.truncate(0)
-    owner: dict[str, object] = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "start": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    }
+    owner: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid()}
+    owner["start"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
     if job := os.environ.get("SLURM_JOB_ID"):
         owner["slurm_job"] = job
     file.write(json.dumps(owner) + "\n")

@@ -28,7 +28,8 @@ def main() -> None:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         """Once and again the same: Slurm may send it to this process and through srun too."""
-        ranks = psutil.Process().children()
+        # torchrun starts each rank in a session of its own; the launcher's tee is a child of this process too.
+        ranks = [child for child in psutil.Process().children() if os.getsid(child.pid) == child.pid]
         if not ranks:  # not started yet, or all ended
             raise SystemExit(128 + number)
         if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
