@@ -32,7 +32,7 @@ from runtime import checkpoints, lifetime
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from models.spec import ModelInputs, ModelSpec
+    from models.spec import ModelInputs
 
 # A batch's header is at most this long, so that its broadcast needs no length first.
 HEADER_BYTES = 1 << 14
@@ -281,13 +281,16 @@ class SharedReader(Iterator[Batch]):
 type Readers = tuple[Iterator[Batch] | None, Iterator[Batch] | None, Iterator[Batch] | None]
 
 
-def dataset_provider(args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None) -> Callable[..., Readers]:
+def dataset_provider(
+    args: Namespace, model_inputs: ModelInputs, processor: ProcessorMixin | None
+) -> Callable[..., Readers]:
     """What `megatron.training.pretrain` calls on every rank for its training, validation and test iterators.
 
     Every evaluation reads the same packs, the first `--eval-iters` global batches of its split.
 
     Args:
         args: resolved; read when the iterators are made, so that a loaded checkpoint's counters count.
+        model_inputs: what `ModelSpec.model_inputs` gave.
         processor: what the dataset provider's `processor` gave.
     """
     chunks: list[Readers] = []
@@ -295,9 +298,10 @@ def dataset_provider(args: Namespace, spec: ModelSpec, processor: ProcessorMixin
     def provide(target_samples: list[int | None], vp_stage: int | None = None) -> Readers:
         """Megatron calls this once, or with virtual pipelining once per model chunk; data has no target size."""
         if vp_stage is None:
-            return _build_readers(args, spec, processor)
+            return _build_readers(args, model_inputs, processor)
         if not chunks:
-            chunks.extend(_share(_build_readers(args, spec, processor), args.virtual_pipeline_model_parallel_size))
+            readers = _build_readers(args, model_inputs, processor)
+            chunks.extend(_share(readers, args.virtual_pipeline_model_parallel_size))
         return chunks[vp_stage]
 
     vars(provide)["is_distributed"] = True  # Megatron then calls it on every rank
@@ -311,14 +315,13 @@ def _share(readers: Iterable[BatchReader | None], count: int) -> list[Readers]:
 
 
 def _build_readers(
-    args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None
+    args: Namespace, model_inputs: ModelInputs, processor: ProcessorMixin | None
 ) -> tuple[BatchReader | None, BatchReader | None, BatchReader | None]:
     from megatron.core import mpu
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = _ranks(device)
     with_vision = mpu.is_pipeline_first_stage(ignore_virtual=True)
-    model_inputs = spec.model_inputs(args)
     collate_packs = partial(
         collate,
         model_inputs=model_inputs,

@@ -23,10 +23,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.conversation import Conversation, Message
 from data.images import open_image
-from data.processor import contradiction, read_processor
-from data.sample import TURN_END, Sample, SampleOptions, build_sample, image_token
+from data.processor import facts_of, read_processor
+from data.processor_files import TURN_END
+from data.sample import Sample, SampleOptions, build_sample, image_token
 from runtime.checkpoints import TRACKER
-from weights.check import check_folder, hf_weights_of
+from weights.check import check_folder, model_of
 from weights.checkpoint import export_checkpoint
 from weights.folder import FolderError, HfFolder, read_config
 
@@ -116,15 +117,15 @@ class HfModel:
         transformers.logging.disable_progress_bar()
         try:
             config = read_config(folder)
-            hf_weights = hf_weights_of(config, folder)  # refuses other architectures
+            spec, weights, architecture = model_of(config, folder)
             opened = HfFolder.open(folder)
-            check_folder(hf_weights, opened, config)
+            check_folder(weights, architecture, opened)
             if damage := list(opened.damage()):
                 raise FolderError(folder, damage)
         except FolderError as error:
             raise ValueError(f"--load {error}") from error
         processor = read_processor(str(folder), "--load")
-        if problem := contradiction(processor, config):
+        if problem := facts_of(processor).contradiction(config):
             raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")
         try:
             with contextlib.nullcontext() if has_gpu else without_gpu_kernels():
@@ -142,7 +143,7 @@ class HfModel:
         if missing := sorted(found["missing_keys"]):
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"--load {folder}: {len(missing)} weights are missing: {listed}")
-        return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor, hf_weights.model_inputs(config))
+        return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor, spec.model_inputs(architecture))
 
     def question(
         self,

@@ -90,10 +90,9 @@ def test_pipeline_stages_agree_on_packed_lengths(packed: bool, stages: int, expe
     from pretrain_multimodal import model_provider
 
     spec = Namespace(
-        language_post_config=lambda args, config: config,
-        vision_config=lambda args, config: None,
-        check_kernels=lambda args: None,
-        build_model=lambda args, language_config, vision_config, **stage: language_config,
+        check_kernels=lambda args, config: None,
+        build_model=lambda args, config, language_config, **stage: language_config,
     )
     args = Namespace(use_packed_sequence=packed, pipeline_model_parallel_size=stages, init_model_with_meta_device=False)
-    assert model_provider(spec, args, config=Namespace(), pg_collection="groups").variable_seq_lengths is expected
+    model = model_provider(spec, None, args, config=Namespace(), pg_collection="groups")
+    assert model.variable_seq_lengths is expected

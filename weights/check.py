@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models import MODEL_REGISTRY
+from models import MODEL_REGISTRY, ModelConfig, ModelSpec
 from models.spec import HfWeights
 from models.weight_map import WeightMap
 from weights.folder import FolderError, HfFolder, TensorInfo
@@ -19,54 +20,76 @@ EVERYTHING = ("*.safetensors", *DESCRIPTION)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def hf_weights_of(config: Mapping[str, Any], path: Path) -> HfWeights:
-    """The table for a folder's `model_type`.
+@dataclass(frozen=True)
+class HfSource:
+    """A folder whose tensors are a model's.
+
+    mapping: of the folder's tensors to the model.
+    """
+
+    folder: HfFolder
+    mapping: WeightMap
+
+
+def described(spec: ModelSpec[Any], config: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The model of an architecture that a folder's `config.json` describes.
 
     Raises:
-        FolderError: another architecture.
+        FolderError: another architecture, or values that can't be used.
+    """
+    try:
+        return spec.from_hf(config)
+    except ValueError as error:
+        raise FolderError(path, [str(error)]) from error
+
+
+def model_of(config: Mapping[str, Any], path: Path) -> tuple[ModelSpec[Any], HfWeights[Any], ModelConfig]:
+    """What a folder's `config.json` describes: its architecture, that one's table of weights, and the model.
+
+    Raises:
+        FolderError: no architecture here has its `model_type`, or values that can't be used.
     """
     known: list[str] = []
     for spec in MODEL_REGISTRY.values():
         if spec.hf_weights is not None:
             if config.get("model_type") in spec.hf_weights.model_types:
-                return spec.hf_weights
+                return spec, spec.hf_weights, described(spec, config, path)
             known += spec.hf_weights.model_types
     raise FolderError(
         path, [f"config.json has model_type {config.get('model_type')!r}; there are tables for {', '.join(known)}"]
     )
 
 
-def check_folder(spec: HfWeights, folder: HfFolder, config: Mapping[str, Any]) -> WeightMap:
-    """The mapping of a folder's tensors to the model that `config` describes, which all of them fit.
+def check_folder(weights: HfWeights[Any], config: ModelConfig, folder: HfFolder) -> HfSource:
+    """The folder with the mapping of its tensors to a model, which all of them fit.
 
     Raises:
         FolderError: tensors missing, unknown or misshapen, a tokenizer that the embedding hasn't the rows for, small
             files that can't be used; lists everything.
     """
-    mapping = mapping_of(spec, config, folder.shapes, folder.path)
-    problems = mapping.check(folder.shapes)
-    problems += description_problems(folder.path, spec.vocab_size(config))
+    mapping = mapping_of(weights, config, folder.shapes, folder.path)
+    problems = [*mapping.check(folder.shapes), *description_problems(folder.path, config.vocab_size)]
     if problems:
         raise FolderError(folder.path, problems)
-    return mapping
+    return HfSource(folder, mapping)
 
 
-def mapping_of(spec: HfWeights, config: Mapping[str, Any], names: Iterable[str], path: Path) -> WeightMap:
-    """The mapping of the tensors `names` to the model that `config`, of the folder `path`, describes.
+def mapping_of(weights: HfWeights[Any], config: ModelConfig, names: Iterable[str], path: Path) -> WeightMap:
+    """The mapping of the tensors `names` to the model that the folder `path` describes.
 
     Raises:
-        FolderError: the config's values can't be used.
+        FolderError: a model that the names can't hold.
     """
     try:
-        return spec.mapping(config, names)
+        return weights.mapping(config, names)
     except ValueError as error:
         raise FolderError(path, [str(error)]) from error
 
 
-def tensor_infos(spec: HfWeights, mapping: WeightMap, record: Mapping[str, str]) -> dict[str, TensorInfo]:
+def tensor_infos(weights: HfWeights[Any], mapping: WeightMap, record: Mapping[str, str]) -> dict[str, TensorInfo]:
     """What to write for a model: each tensor in the dtype that its source had, or the architecture's usual one."""
     return {
-        name: TensorInfo(shape, record[name] if name in record else spec.dtype(name))
+        name: TensorInfo(shape, record[name] if name in record else weights.dtype(name))
         for name, shape in mapping.tensors.items()
     }
 

@@ -46,11 +46,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from models.spec import HfWeights
+from models.spec import HfWeights, ModelConfig
 from models.weight_map import CheckpointSlice, Source, TensorSlice, WeightMap, WeightMismatch, tensor_slices
 from runtime.checkpoints import RELEASE, TRACKER, damage, elsewhere, folder_name, other_steps, read_index, read_tracker
 from runtime.loading import CheckedReader
-from weights.check import check_folder, hf_weights_of, mapping_of, tensor_infos
+from weights.check import check_folder, mapping_of, model_of, tensor_infos
 from weights.folder import (
     FolderError,
     FolderTensors,
@@ -102,15 +102,15 @@ def export_checkpoint(
         WeightMismatch: the checkpoint's tensors aren't those of its `hf/config.json`.
     """
     folder, hf = find_checkpoint(Path(checkpoint), iteration)
-    config = read_config(hf)
-    spec = hf_weights_of(config, hf)
+    config_json = read_config(hf)
+    _, weights, config = model_of(config_json, hf)
     origin = HfOrigin.of_checkpoint(hf)
-    mapping = mapping_of(spec, config, origin.record, hf)
-    if problems := description_problems(hf, spec.vocab_size(config)):
+    mapping = mapping_of(weights, config, origin.record, hf)
+    if problems := description_problems(hf, config.vocab_size):
         raise FolderError(hf, problems)
-    infos = tensor_infos(spec, mapping, origin.record)
+    infos = tensor_infos(weights, mapping, origin.record)
     tensors = CheckpointTensors(folder)
-    slices, synonyms = _checkpoint_slices(spec, config, mapping, tensors)
+    slices, synonyms = _checkpoint_slices(weights, config, mapping, tensors)
     _check_keys(tensors, mapping, slices, synonyms)
     wanted: dict[str, list[tuple[str, TensorSlice]]] = {}
     for name, source in mapping.sources.items():
@@ -121,7 +121,7 @@ def export_checkpoint(
             for parameter, tensor_slice in wanted[name]:
                 for stored in slices[parameter]:
                     _copy_slice(tensors, mapping.sources[parameter], stored, tensor_slice, tensor)
-        write_hf_folder(new, config, None, origin, with_record=False)
+        write_hf_folder(new, config_json, None, origin, with_record=False)
     return Path(output)
 
 
@@ -136,15 +136,15 @@ def _copy_slice(
 
 
 def _checkpoint_slices(
-    spec: HfWeights, config: Mapping[str, Any], mapping: WeightMap, tensors: CheckpointTensors
+    weights: HfWeights[Any], config: ModelConfig, mapping: WeightMap, tensors: CheckpointTensors
 ) -> tuple[Mapping[str, tuple[CheckpointSlice, ...]], set[str]]:
     """Where this checkpoint has each parameter, and what other keys the same may have (imported checkpoints do)."""
     if not any(key.startswith("model.") for key in tensors.metadata):
-        return spec.checkpoint_slices(config, mapping), set()
+        return weights.checkpoint_slices(config, mapping), set()
     slices = {}
     ranks = 1
     synonyms: set[str] = set()
-    for name, alternatives in spec.fsdp_checkpoint_slices(config, mapping).items():
+    for name, alternatives in weights.fsdp_checkpoint_slices(config, mapping).items():
         synonyms |= {stored.key for option in alternatives for stored in option}
         there = (option for option in alternatives if all(stored.key in tensors.metadata for stored in option))
         slices[name] = next(there, alternatives[0])
@@ -337,9 +337,9 @@ def import_folder(
         FolderError, WeightMismatch: nothing is left behind.
     """
     folder = HfFolder.open(hf)
-    spec = hf_weights_of(folder.config, folder.path)
-    mapping = check_folder(spec, folder, folder.config)
-    planner = ImportPlanner(spec, folder, mapping, ckpt_format)
+    _, weights, config = model_of(folder.config, folder.path)
+    mapping = check_folder(weights, config, folder).mapping
+    planner = ImportPlanner(weights, config, folder, mapping, ckpt_format)
     with (
         new_folder(Path(output)) as new,
         open_tensors(folder, mapping.copies, title=f"importing {folder.path}", quiet=quiet) as tensors,
@@ -369,14 +369,16 @@ class ImportPlanner(SavePlanner):
 
     tensors: FolderTensors
 
-    def __init__(self, spec: HfWeights, folder: HfFolder, mapping: WeightMap, ckpt_format: str) -> None:
+    def __init__(
+        self, weights: HfWeights[Any], config: ModelConfig, folder: HfFolder, mapping: WeightMap, ckpt_format: str
+    ) -> None:
         self._items: list[WriteItem] = []
         self._values: dict[tuple[str, torch.Size | None], Callable[[], Tensor | io.BytesIO]] = {}
         self.aliases: dict[str, list[str]] = {}
         if ckpt_format == "torch_dist":
-            slices = spec.checkpoint_slices(folder.config, mapping)
+            slices = weights.checkpoint_slices(config, mapping)
         else:
-            alternatives = spec.fsdp_checkpoint_slices(folder.config, mapping)
+            alternatives = weights.fsdp_checkpoint_slices(config, mapping)
             slices = {name: first for name, (first, *_) in alternatives.items()}
             for first, *others in alternatives.values():
                 for i, stored in enumerate(first):

@@ -33,10 +33,9 @@ class HfOrigin:
     has_processor: bool = False
 
     @classmethod
-    def of(cls, args: Namespace) -> HfOrigin:
+    def of(cls, args: Namespace, folder: HfFolder | None) -> HfOrigin:
         """`--load-hf`'s folder, or what `--load`'s checkpoint knows of it."""
-        if args.load_hf is not None:
-            folder = HfFolder.open(args.load_hf)
+        if folder is not None:
             processor = args.hf_processor_path
             is_folder_s = processor is not None and Path(processor).expanduser().resolve() == folder.path.resolve()
             return cls(folder.path, folder.dtypes, is_folder_s)

@@ -71,7 +71,7 @@ def weight_map(config: Qwen35VLConfig, storage: ExpertStorage | None = None) -> 
 
 
 def canonical_parameters(
-    model: nn.Module, config: Qwen35VLConfig, prefix: str = ""
+    config: Qwen35VLConfig, model: nn.Module, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """This rank's parameters under their canonical names.
 
@@ -213,7 +213,6 @@ def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
     merged = width * vit.spatial_merge_size**2
     head = width // vit.num_attention_heads
     kernel = (vit.in_channels, vit.temporal_patch_size, vit.patch_size, vit.patch_size)
-    patch_dim = vit.in_channels * vit.temporal_patch_size * vit.patch_size**2
 
     def heads(hf_name: str) -> list[RowRange]:
         """HF has all queries, all keys, all values; megatron has query, key and value of each head."""
@@ -224,7 +223,7 @@ def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
         ]
 
     table = {
-        "patch_embed.weight": _whole(f"{HF_VISION}patch_embed.proj.weight", width, patch_dim, foreign_tail=kernel),
+        "patch_embed.weight": _whole(f"{HF_VISION}patch_embed.proj.weight", width, vit.patch_dim, foreign_tail=kernel),
         "patch_embed.bias": _whole(f"{HF_VISION}patch_embed.proj.bias", width),
         "pos_embed.weight": _whole(f"{HF_VISION}pos_embed.weight", vit.num_position_embeddings, width),
         "merger.norm.weight": _whole(f"{HF_VISION}merger.norm.weight", width),

@@ -17,7 +17,7 @@ from models.qwen35_vl.configuration import VARIANTS
 from models.qwen35_vl.factory import QWEN35_VL
 from models.qwen35_vl.hf_weights import ExpertStorage
 from tests.hf_folders import assert_same, random_tensors, read_folder, write_folder
-from weights.check import check_folder, hf_weights_of, is_hub_name, local_folder
+from weights.check import check_folder, is_hub_name, local_folder, model_of
 from weights.folder import (
     INDEX,
     FolderError,
@@ -56,7 +56,8 @@ def change_index(folder: Path, name: str, file: str | int) -> None:
 def refusal(folder: Path) -> str:
     with pytest.raises(FolderError) as refused:
         opened = HfFolder.open(folder)
-        check_folder(hf_weights_of(opened.config, folder), opened, opened.config)
+        _, weights, config = model_of(opened.config, folder)
+        check_folder(weights, config, opened)
     return str(refused.value)
 
 
