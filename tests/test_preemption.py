@@ -17,6 +17,8 @@ from runtime import checkpoints
 from tests import training_server
 from tests.training_server import ROOT, Job, TrainingServer
 
+pytestmark = pytest.mark.heavy
+
 ITERATIONS = 12
 FLAGS = ("--model-variant", "tiny", "--train-iters", str(ITERATIONS), "--save-interval", "100", "--num-workers", "1")
 
@@ -59,7 +61,7 @@ def end_by_signal(command: list[str], log: Path, **environment: str) -> tuple[in
     with open(log, "w") as file:
         run = subprocess.Popen(
             command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
