@@ -65,13 +65,13 @@ def end_by_signal(command: list[str], log: Path, **environment: str) -> tuple[in
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    end = time.monotonic() + 300
+    end = time.monotonic() + 900
     while not re.search(r"iteration +2/", log.read_text()):
         assert run.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
         time.sleep(0.1)
     begin = time.monotonic()
     run.send_signal(signal.SIGTERM)
-    return run.wait(timeout=300), time.monotonic() - begin
+    return run.wait(timeout=900), time.monotonic() - begin
 
 
 def lines(log: str) -> dict[int, tuple[str, ...]]:
