@@ -122,6 +122,7 @@ class HfWeights[C: ModelConfig]:
     checkpoint_slices: a config and its table -> where a `torch_dist` checkpoint keeps each canonical parameter.
     fsdp_checkpoint_slices: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
     dtype: a tensor's name -> its dtype in released folders, as safetensors spells it.
+    is_wide: a tensor's name -> whether a 16-bit run holds it in float32.
     """
 
     model_types: tuple[str, ...]
@@ -131,6 +132,7 @@ class HfWeights[C: ModelConfig]:
     checkpoint_slices: Callable[[C, WeightMap], Mapping[str, tuple[CheckpointSlice, ...]]]
     fsdp_checkpoint_slices: Callable[[C, WeightMap], Mapping[str, list[tuple[CheckpointSlice, ...]]]]
     dtype: Callable[[str], str]
+    is_wide: Callable[[str], bool]
 
 
 @dataclass(frozen=True)

@@ -109,15 +109,15 @@ def ignored_tensors(mapping: WeightMap, folder: HfFolder) -> Iterator[str]:
 
 
 def rounded_tensors(args: Namespace, weights: HfWeights[Any], folder: HfFolder) -> Iterator[str]:
-    """What the run's precision can't hold."""
-    own = "BF16" if args.bf16 else "F16" if args.fp16 else None
-    rounded = [
-        name
-        for name, dtype in folder.dtypes.items()
-        if own and dtype != own and weights.dtype(name) not in ("F32", dtype)
-    ]
-    if rounded:
-        yield f"{len(rounded)} tensors, {rounded[0]} the first, are rounded from {folder.dtypes[rounded[0]]} to {own}"
+    """What the run's precision can't hold, by dtype."""
+    narrow = "BF16" if args.bf16 else "F16" if args.fp16 else "F32"
+    rounded: dict[tuple[str, str], list[str]] = {}
+    for name, dtype in folder.dtypes.items():
+        held = "F32" if weights.is_wide(name) else narrow
+        if dtype != held and (held != "F32" or dtype == "F64"):
+            rounded.setdefault((dtype, held), []).append(name)
+    for (dtype, held), names in rounded.items():
+        yield f"{len(names)} tensors, {names[0]} the first, are rounded from {dtype} to {held}"
 
 
 def check_values(not_finite: set[str], unequal: set[tuple[str, str]], allow_nonfinite: bool) -> None:

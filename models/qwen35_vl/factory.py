@@ -13,6 +13,7 @@ from models.qwen35_vl.hf_weights import (
     checkpoint_slices,
     default_dtype,
     fsdp_checkpoint_slices,
+    is_wide,
     weight_map,
 )
 from models.qwen35_vl.parallelism import check_layout
@@ -86,5 +87,6 @@ QWEN35_VL = ModelSpec(
         checkpoint_slices=checkpoint_slices,
         fsdp_checkpoint_slices=fsdp_checkpoint_slices,
         dtype=default_dtype,
+        is_wide=is_wide,
     ),
 )

@@ -100,8 +100,13 @@ def canonical_parameters(
 
 
 def default_dtype(name: str) -> str:
-    """In which dtype, as safetensors spells it, released folders store this HF tensor."""
-    return "F32" if name.endswith(".A_log") else "BF16"
+    """In which dtype, as safetensors spells it, Qwen3.5's folders store this HF tensor; 3.6's and 3.8's are BF16 all."""
+    return "F32" if name.endswith((".linear_attn.A_log", ".linear_attn.norm.weight")) else "BF16"
+
+
+def is_wide(name: str) -> bool:
+    """Whether the model holds this HF tensor in float32 in 16-bit runs too (`models.common.gated_delta_net`)."""
+    return name.endswith((".linear_attn.A_log", ".linear_attn.dt_bias", ".linear_attn.norm.weight"))
 
 
 # A checkpoint keeps the rows of these by what they project to, in the order of their parts.
