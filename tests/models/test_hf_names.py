@@ -130,8 +130,7 @@ def test_bfloat16_weights_and_wide_ones_keep_their_bits(tmp_path: Path):
     architecture = ARCHITECTURES["moe_untied"]
     model = build_model(architecture, tmp_path, torch.bfloat16)
     state = {
-        name: tensor if is_wide(name) else tensor.bfloat16()
-        for name, tensor in random_state(architecture).items()
+        name: tensor if is_wide(name) else tensor.bfloat16() for name, tensor in random_state(architecture).items()
     }
     load_hf_state(model, state, architecture)
     assert_equal(export_hf_state(model, architecture), state)
