@@ -28,7 +28,7 @@ from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags, dest_of
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
 from weights.check import DESCRIPTION, HfSource, described, is_hub_name, local_folder
-from weights.folder import FolderError, has_processor, read_config
+from weights.folder import FolderError, has_processor, read_config, tensor_names
 from weights.refusals import checkpoint_refusals, flag_refusals, open_source
 
 # What the training loop of this harness is made for; not a matter of taste.
@@ -285,6 +285,8 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
     weights_are_here = with_weights or "load_hf" not in given or not is_hub_name(given["load_hf"])
     implied = _implied_by_hf_folder(given, with_weights)
     spec, base, chosen = _architecture({**implied, **given})
+    if (names := _names_in_folder({**implied, **given})) is not None and spec.hf_weights is not None:
+        base, _ = spec.hf_weights.as_stored(base, names)
     provider = DATASET_PROVIDERS.get(given.get("dataset_provider", DEFAULT_PROVIDER))
     if provider is None:
         raise Refused([unknown_name("--dataset-provider", given["dataset_provider"], DATASET_PROVIDERS)])
@@ -409,6 +411,12 @@ def _implied_by_hf_folder(given: Mapping[str, Any], with_weights: bool) -> dict[
     if "hf_processor_path" not in given and has_processor(folder):
         implied["hf_processor_path"] = str(folder)
     return implied
+
+
+def _names_in_folder(given: Mapping[str, Any]) -> set[str] | None:
+    """Tensors of the folder that the model's weights or numbers come from; None: there is none, or it isn't here."""
+    folder = given.get("load_hf") or given.get("hf_config")
+    return None if folder is None or not Path(folder).is_dir() else tensor_names(Path(folder))
 
 
 def _architecture(given: Mapping[str, Any]) -> tuple[ModelSpec[Any], ModelConfig, list[str]]:

@@ -77,27 +77,29 @@ def main(argv: list[str] | None = None) -> None:
 
     from data import DATASET_PROVIDERS
     from data.loader import dataset_provider
+    from data.processor import generation_settings
     from forward_step import ForwardStep
     from runtime import checkpoints, output_folder, preemption
     from runtime.model_builder import ProvidedModelConfig
     from runtime.outputs import draw_losses, write_arguments
     from weights.job import HfExporter, load_hf
-    from weights.origin import HfOrigin, write_hf_folder
+    from weights.origin import HfOrigin, RunProcessor, write_hf_folder
 
     preemption.install(args)
     if args.rank == 0:
         output_folder.begin(args)
     processor = DATASET_PROVIDERS[args.dataset_provider].processor(args, config.to_hf())
+    run_processor = None if processor is None else RunProcessor(processor, generation_settings(processor))
     origin = HfOrigin.of(args, None if source is None else source.folder)
     if args.rank == 0 and args.save:
         write_arguments(args, prepared, Path(args.save) / "arguments.json")
-        write_hf_folder(Path(args.save) / "hf", config.to_hf(), processor, origin, with_record=True)
+        write_hf_folder(Path(args.save) / "hf", config.to_hf(), run_processor, origin, with_record=True)
     exporter = HfExporter(
         args,
         spec,
         config,
         origin.record,
-        lambda folder: write_hf_folder(folder, config.to_hf(), processor, origin, with_record=False),
+        lambda folder: write_hf_folder(folder, config.to_hf(), run_processor, origin, with_record=False),
     )
     model = ProvidedModelConfig(
         provider=partial(model_provider, spec, config, args),

@@ -9,10 +9,13 @@ from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
 
-from data.processor_files import ProcessorFacts, contradicts, no_token
+from data.processor_files import TURN_END, ProcessorFacts, contradicts, no_token
 from data.receipts.processor import processor_for
 from data.sample import image_token
 from weights.schema import description_problems
+
+# Both end an answer in Qwen3.5's generation_config.json: a turn's end, and a document's.
+STOP_TOKENS = (TURN_END, "<|endoftext|>")
 
 
 def load_processor(args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin:
@@ -37,8 +40,8 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
         flag: what gave the path, for messages.
 
     Raises:
-        ValueError: it can't be read, or lacks an image processor, an image token, turn markers or any token to
-            pad with.
+        ValueError: it can't be read, or lacks an image processor, an image token, turn markers, a chat template or any
+            token to pad with.
     """
     if Path(path).expanduser().is_dir() and (problems := description_problems(Path(path).expanduser())):
         raise ValueError(f"{flag} {path}: {'; '.join(problems)}")
@@ -59,7 +62,25 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
                 "set pad_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if processor.chat_template is None:
+        # Folders of transformers 4 may have it in tokenizer_config.json alone.
+        processor.chat_template = tokenizer.chat_template
+    if processor.chat_template is None:
+        raise ValueError(f"{flag} {path}: it has no chat template; copy the one of the model that it belongs to")
     return processor
+
+
+def stop_ids(processor: ProcessorMixin) -> list[int]:
+    """Ids that end an answer, the turn's end first."""
+    tokenizer = processor.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    known = [vocabulary[token] for token in STOP_TOKENS if token in vocabulary]
+    return list(dict.fromkeys([*known, *({tokenizer.eos_token_id} - {None})]))
+
+
+def generation_settings(processor: ProcessorMixin) -> dict[str, Any]:
+    """What generation_config.json has to say for answers to end: `eos_token_id`, a list, and `pad_token_id`."""
+    return {"eos_token_id": stop_ids(processor), "pad_token_id": processor.tokenizer.pad_token_id}
 
 
 def check_processor(processor: ProcessorMixin, config: Mapping[str, Any], path: str | None) -> None:

@@ -83,7 +83,12 @@ def processor_refusals(args: Namespace, config: Mapping[str, Any] | None) -> lis
     """
     path = args.hf_processor_path
     if path is None:
-        return []
+        if args.load_hf is None or config is None:
+            return []
+        return [
+            f"--load-hf {args.load_hf}: it has no processor files, which --dataset-provider {args.dataset_provider} "
+            "needs; name with --hf-processor-path the folder or hub name of the model that its weights come from"
+        ]
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if not is_hub_name(path):

@@ -23,8 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.conversation import Conversation, Message
 from data.images import open_image
-from data.processor import facts_of, read_processor
-from data.processor_files import TURN_END
+from data.processor import facts_of, read_processor, stop_ids
 from data.sample import Sample, SampleOptions, build_sample, image_token
 from runtime.checkpoints import TRACKER
 from weights.check import check_folder, model_of
@@ -119,7 +118,7 @@ class HfModel:
             config = read_config(folder)
             spec, weights, architecture = model_of(config, folder)
             opened = HfFolder.open(folder)
-            check_folder(weights, architecture, opened)
+            check_folder(weights, weights.as_stored(architecture, opened.shapes)[0], opened)
             if damage := list(opened.damage()):
                 raise FolderError(folder, damage)
         except FolderError as error:
@@ -188,7 +187,7 @@ class HfModel:
             temperature: 0 takes the likeliest token each time, else tokens are drawn.
         """
         tokenizer = self.processor.tokenizer
-        stops = {tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id} - {None}
+        stops = stop_ids(self.processor)
         with torch.inference_mode():
             # From GenerationMixin, which PreTrainedModel doesn't name as a base.
             generated = self.model.generate(  # type: ignore[operator]
@@ -198,7 +197,7 @@ class HfModel:
                 temperature=temperature or None,
                 top_k=None,
                 top_p=None,
-                eos_token_id=sorted(stops),
+                eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
             )
         answers = []

@@ -117,20 +117,24 @@ class HfWeights[C: ModelConfig]:
 
     model_types: values of `config.json`'s `model_type` that this is the table of.
     differences: the model of the flags and a folder's -> where they disagree, each with both values.
+    as_stored: a config and a folder's tensor names -> the config that these bear out, and notices why it differs.
     mapping: a config and the names of a folder's tensors (none: as the released folders store them) -> the table.
     parameters: a config and a model stage of this rank -> its parameters by canonical name.
     checkpoint_slices: a config and its table -> where a `torch_dist` checkpoint keeps each canonical parameter.
     fsdp_checkpoint_slices: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
     dtype: a tensor's name -> its dtype in released folders, as safetensors spells it.
+    is_wide: a tensor's name -> whether a 16-bit run holds it in float32.
     """
 
     model_types: tuple[str, ...]
     differences: Callable[[C, C], list[str]]
+    as_stored: Callable[[C, Iterable[str]], tuple[C, list[str]]]
     mapping: Callable[[C, Iterable[str]], WeightMap]
     parameters: Callable[[C, nn.Module], Iterator[tuple[str, nn.Parameter]]]
     checkpoint_slices: Callable[[C, WeightMap], Mapping[str, tuple[CheckpointSlice, ...]]]
     fsdp_checkpoint_slices: Callable[[C, WeightMap], Mapping[str, list[tuple[CheckpointSlice, ...]]]]
     dtype: Callable[[str], str]
+    is_wide: Callable[[str], bool]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,28 @@ def described(spec: ModelSpec[Any], config: Mapping[str, Any], path: Path) -> Mo
     """The model of an architecture that a folder's `config.json` describes.
 
     Raises:
-        FolderError: another architecture, or values that can't be used.
+        FolderError: another architecture, quantised weights, or values that can't be used.
     """
+    if problem := _quantization(config):
+        raise FolderError(path, [problem])
     try:
         return spec.from_hf(config)
     except ValueError as error:
         raise FolderError(path, [str(error)]) from error
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    """Why a folder's weights can't be read, if its config.json says that they are quantised."""
+    text = config.get("text_config")
+    for section, prefix in ((config, ""), (text if isinstance(text, Mapping) else {}, "text_config.")):
+        for key in ("quantization_config", "compression_config"):
+            if (settings := section.get(key)) is not None:
+                method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
+                return (
+                    f"config.json has {prefix}{key} (method {method}): quantised weights can't be trained; give the "
+                    f"folder in bf16 that they were made from, or, if these are plain, take {key} out of config.json"
+                )
+    return None
 
 
 def model_of(config: Mapping[str, Any], path: Path) -> tuple[ModelSpec[Any], HfWeights[Any], ModelConfig]:
@@ -58,6 +74,16 @@ def model_of(config: Mapping[str, Any], path: Path) -> tuple[ModelSpec[Any], HfW
     raise FolderError(
         path, [f"config.json has model_type {config.get('model_type')!r}; there are tables for {', '.join(known)}"]
     )
+
+
+def ignored_tensors(mapping: WeightMap, folder: HfFolder) -> Iterator[str]:
+    """What the folder has and the model doesn't take, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name in folder.shapes:
+        if name not in mapping.tensors and (reason := mapping.reason_to_ignore(name)) is not None:
+            reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        yield f"{len(names)} tensors left out, {names[0]} the first: {reason}"
 
 
 def check_folder(weights: HfWeights[Any], config: ModelConfig, folder: HfFolder) -> HfSource:
@@ -87,10 +113,15 @@ def mapping_of(weights: HfWeights[Any], config: ModelConfig, names: Iterable[str
 
 
 def tensor_infos(weights: HfWeights[Any], mapping: WeightMap, record: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """What to write for a model: each tensor in the dtype that its source had, or the architecture's usual one."""
+    """What to write for a model: each tensor in the dtype that its source had, or the architecture's usual one.
+
+    Copies (a tied folder's `lm_head.weight`) are written where the source had them.
+    """
+    shapes = dict(mapping.tensors)
+    shapes |= {copy: shapes[name] for name, copy in mapping.copies.items() if copy in record}
     return {
         name: TensorInfo(shape, record[name] if name in record else weights.dtype(name))
-        for name, shape in mapping.tensors.items()
+        for name, shape in shapes.items()
     }
 
 

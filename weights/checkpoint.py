@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial, reduce
@@ -50,7 +51,7 @@ from models.spec import HfWeights, ModelConfig
 from models.weight_map import CheckpointSlice, Source, TensorSlice, WeightMap, WeightMismatch, tensor_slices
 from runtime.checkpoints import RELEASE, TRACKER, damage, elsewhere, folder_name, other_steps, read_index, read_tracker
 from runtime.loading import CheckedReader
-from weights.check import check_folder, mapping_of, model_of, tensor_infos
+from weights.check import check_folder, ignored_tensors, mapping_of, model_of, tensor_infos
 from weights.folder import (
     FolderError,
     FolderTensors,
@@ -116,6 +117,7 @@ def export_checkpoint(
     for name, source in mapping.sources.items():
         for tensor_slice in tensor_slices(source, 0, 1):
             wanted.setdefault(tensor_slice.name, []).append((name, tensor_slice))
+    wanted |= {copy: wanted[name] for name, copy in mapping.copies.items() if copy in infos}
     with new_folder(Path(output)) as new:
         for name, tensor in write_tensors(new, infos, max_shard_size, title=f"exporting {folder}", quiet=quiet):
             for parameter, tensor_slice in wanted[name]:
@@ -336,9 +338,14 @@ def import_folder(
     Raises:
         FolderError, WeightMismatch: nothing is left behind.
     """
+    hf = Path(hf).expanduser()
+    _, weights, described = model_of(read_config(hf), hf)
     folder = HfFolder.open(hf)
-    _, weights, config = model_of(folder.config, folder.path)
+    config, notices = weights.as_stored(described, folder.shapes)
     mapping = check_folder(weights, config, folder).mapping
+    if not quiet:
+        for notice in (*notices, *ignored_tensors(mapping, folder)):
+            print(f"notice: {folder.path}: {notice}", file=sys.stderr)
     planner = ImportPlanner(weights, config, folder, mapping, ckpt_format)
     with (
         new_folder(Path(output)) as new,
@@ -355,7 +362,7 @@ def import_folder(
             (new / RELEASE / "metadata.json").write_text(
                 '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
             )
-        write_hf_folder(new / "hf", folder.config, None, HfOrigin(folder.path, folder.dtypes), with_record=True)
+        write_hf_folder(new / "hf", config.to_hf(), None, HfOrigin(folder.path, folder.dtypes), with_record=True)
         (new / TRACKER).write_text(RELEASE)
     return Path(output)
 

@@ -26,7 +26,7 @@ from models.spec import HfWeights
 from models.weight_map import LocalShard, Rank, TensorSlice, WeightMap, WeightMismatch, fill, plan, whole
 from runtime.checkpoints import folder_name
 from runtime.model_builder import unwrapped
-from weights.check import HfSource, tensor_infos
+from weights.check import HfSource, described, ignored_tensors, tensor_infos
 from weights.folder import (
     ITEM_SIZES,
     HfFolder,
@@ -78,7 +78,8 @@ def load_hf(
         return chunks
     folder, mapping, weights = source.folder, source.mapping, weights_table(spec)
     if args.rank == 0:
-        for notice in (*ignored_tensors(mapping, folder), *rounded_tensors(args, weights, folder)):
+        _, without = weights.as_stored(described(spec, folder.config, folder.path), folder.shapes)
+        for notice in (*without, *ignored_tensors(mapping, folder), *rounded_tensors(args, weights, folder)):
             print(f"notice: {folder.path}: {notice}")
     own = sum(
         local_shard(parameter).tensor.numel() * ITEM_SIZES[folder.dtypes[next(mapping.sources[name].row_ranges).name]]
@@ -98,26 +99,16 @@ def load_hf(
     return chunks
 
 
-def ignored_tensors(mapping: WeightMap, folder: HfFolder) -> Iterator[str]:
-    """What the folder has and the model doesn't take, by reason."""
-    reasons: dict[str, list[str]] = {}
-    for name in folder.shapes:
-        if name not in mapping.tensors and (reason := mapping.reason_to_ignore(name)) is not None:
-            reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        yield f"{len(names)} tensors left out, {names[0]} the first: {reason}"
-
-
 def rounded_tensors(args: Namespace, weights: HfWeights[Any], folder: HfFolder) -> Iterator[str]:
-    """What the run's precision can't hold."""
-    own = "BF16" if args.bf16 else "F16" if args.fp16 else None
-    rounded = [
-        name
-        for name, dtype in folder.dtypes.items()
-        if own and dtype != own and weights.dtype(name) not in ("F32", dtype)
-    ]
-    if rounded:
-        yield f"{len(rounded)} tensors, {rounded[0]} the first, are rounded from {folder.dtypes[rounded[0]]} to {own}"
+    """What the run's precision can't hold, by dtype."""
+    narrow = "BF16" if args.bf16 else "F16" if args.fp16 else "F32"
+    rounded: dict[tuple[str, str], list[str]] = {}
+    for name, dtype in folder.dtypes.items():
+        held = "F32" if weights.is_wide(name) else narrow
+        if dtype != held and (held != "F32" or dtype == "F64"):
+            rounded.setdefault((dtype, held), []).append(name)
+    for (dtype, held), names in rounded.items():
+        yield f"{len(names)} tensors, {names[0]} the first, are rounded from {dtype} to {held}"
 
 
 def check_values(not_finite: set[str], unequal: set[tuple[str, str]], allow_nonfinite: bool) -> None:
@@ -251,6 +242,7 @@ def save_hf(exporter: HfExporter, target: Path) -> None:
         model = unwrapped(chunk)
         for tensor_slice, values in _owned(mapping, weights.parameters(exporter.config, model), model, chunk):
             own.setdefault(tensor_slice.name, []).append((tensor_slice.foreign_index, values))
+    own |= {copy: own[name] for name, copy in mapping.copies.items() if copy in infos and name in own}
     senders = _who_sends(own)
     size = parse_size(args.max_shard_size)
     if args.rank != 0:

@@ -38,7 +38,10 @@ def open_source(
         differences = weights.differences(config, described(spec, read_config(path), path))
         if differences or not weights_are_here:
             return None, [f"--load-hf {path}: {difference}" for difference in differences]
-        return check_folder(weights, config, HfFolder.open(path)), []
+        folder = HfFolder.open(path)
+        if weights.as_stored(config, folder.shapes)[1]:
+            return None, [f"--mtp-num-layers: {path} has no tensors of MTP; leave the flag out"]
+        return check_folder(weights, config, folder), []
     except FolderError as error:
         return None, [f"--load-hf {error}"]
 

@@ -235,20 +235,24 @@ class Qwen35VLConfig:
                 for i in range(self.num_layers)
             ],
             "rope_parameters": {"rope_type": "default", **numbers["rope_parameters"], "mrope_interleaved": True},
+            "full_attention_interval": self.full_attention_interval,
             "hidden_act": "silu",
             "attn_output_gate": True,
             "attention_bias": False,
             "mamba_ssm_dtype": "float32",
+            "mlp_only_layers": [],
+            "mtp_use_dedicated_embeddings": False,
         }
         return {
             "architectures": [_HF_CLASSES[self.is_moe]],
             "model_type": model_type,
             "text_config": text,
             "vision_config": {
-                "model_type": f"{model_type}_vision",
+                "model_type": model_type,  # as releases have it; transformers reads both and saves its own
                 **section_of(self.vision),
                 "out_hidden_size": self.hidden_size,
                 "hidden_act": "gelu_pytorch_tanh",
+                "deepstack_visual_indexes": [],
             },
             **section_of(self.token_ids),
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -275,7 +279,8 @@ class Qwen35VLConfig:
         # transformers 4 had rope_scaling, and rope_theta beside it.
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         read = cls(
-            **numbers_of(cls, {**text, "rope_parameters": {**text, **rope}}, is_moe),
+            # transformers leaves the number out of folders without MTP.
+            **numbers_of(cls, {"mtp_num_hidden_layers": 0, **text, "rope_parameters": {**text, **rope}}, is_moe),
             full_attention_interval=_full_attention_interval(text),
             # The top-level flag is the true one: text_config repeats its class default.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from models.qwen35_vl.configuration import MODEL_TYPES, VARIANTS, Qwen35VLConfig
 from models.qwen35_vl.hf_weights import (
     ExpertStorage,
+    as_stored,
     canonical_parameters,
     checkpoint_slices,
     default_dtype,
     fsdp_checkpoint_slices,
+    is_wide,
     weight_map,
 )
 from models.qwen35_vl.parallelism import check_layout
@@ -81,10 +83,12 @@ QWEN35_VL = ModelSpec(
     hf_weights=HfWeights(
         model_types=MODEL_TYPES,
         differences=Qwen35VLConfig.differences,
+        as_stored=as_stored,
         mapping=_mapping,
         parameters=canonical_parameters,
         checkpoint_slices=checkpoint_slices,
         fsdp_checkpoint_slices=fsdp_checkpoint_slices,
         dtype=default_dtype,
+        is_wide=is_wide,
     ),
 )

@@ -183,7 +183,9 @@ def test_transformers_gets_the_same_logits_from_a_trained_and_saved_model(name: 
             command_line.spec,
             command_line.config,
             record,
-            lambda folder: write_hf_folder(folder, architecture.to_hf(), None, HfOrigin(), with_record=False),
+            lambda folder: write_hf_folder(
+                folder, architecture.to_hf(), None, HfOrigin(record=record), with_record=False
+            ),
         )
         exporter.attach([model])
         save_hf(exporter, tmp_path / "saved")
