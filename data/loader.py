@@ -369,25 +369,24 @@ def _build_readers(
             )
         valid.source.position = args.consumed_valid_samples
     if ranks.loads:
-        _check_shared_memory(
-            [reader for reader in (train, valid, test) if reader is not None], args, model_inputs, with_vision
-        )
+        readers = {"train": train, "validation": valid, "test": test}
+        _check_shared_memory({name: r for name, r in readers.items() if r is not None}, args, model_inputs, with_vision)
     return train, valid, test
 
 
 def _check_shared_memory(
-    readers: list[BatchReader], args: Namespace, model_inputs: ModelInputs, with_vision: bool
+    readers: dict[str, BatchReader], args: Namespace, model_inputs: ModelInputs, with_vision: bool
 ) -> None:
     """Refuse a run whose loaders would fill /dev/shm and hang."""
     needs = {
-        reader.source.name: shared_memory.loader_bytes(
+        name: shared_memory.loader_bytes(
             reader.source.patches_of_packs(),
             micro_batch_size=reader.micro_batch_size,
             tokens=args.seq_length,
             bytes_of_patch=model_inputs.patch_dim * args.params_dtype.itemsize if with_vision else 0,
             workers=args.num_workers,
         )
-        for reader in readers
+        for name, reader in readers.items()
     }
     ranks_per_batch = args.tensor_model_parallel_size * args.context_parallel_size
     shared_memory.check(needs, shared_memory.loaders_here(ranks_per_batch))
