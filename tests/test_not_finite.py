@@ -15,7 +15,7 @@ from tests.training_server import Job, Result, TrainingServer
 
 FLAGS = ("--model-variant", "tiny", "--train-iters", "6")
 # The weights are infinite after the first step, and the second's loss is NaN.
-INFINITE = ("--lr", "1e38", "--min-lr", "1e38", "--clip-grad", "0", "--optimizer", "adam")
+INFINITE = ("--lr", "1e36", "--min-lr", "1e36", "--clip-grad", "0", "--optimizer", "adam")
 UNCHECKED = "--no-check-for-nan-in-loss-and-grad"
 
 
