@@ -12,6 +12,7 @@ import resource
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,10 @@ def template_problem(processor: ProcessorMixin) -> str | None:
     if processor.chat_template is None:
         return "it has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
     reader, writer = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        # Python warns of locks that other threads hold. The child ends by its alarm whatever it waits for.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         _probe(processor, writer)
     os.close(writer)
