@@ -82,6 +82,12 @@ def _add_checkpoint_args(parser: ArgumentParser) -> None:
         action="store_true",
         help="Delete an older run's checkpoints in --save when this run starts; without it, they are a refusal",
     )
+    parser.add_argument_group("faults").add_argument(
+        "--dump-bad-batch",
+        default=None,
+        metavar="DIR",
+        help="Save the batch whose gradients have NaN or infinity in DIR; keeps a step's batches on the device",
+    )
 
 
 def _add_model_args(parser: ArgumentParser) -> None:

@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     from forward_step import ForwardStep
     from runtime import checkpoints, output_folder, preemption
     from runtime.model_builder import ProvidedModelConfig
+    from runtime.not_finite import no_silent_end
     from runtime.outputs import draw_losses, write_arguments
     from weights.job import HfExporter, load_hf
     from weights.origin import HfOrigin, RunProcessor, write_hf_folder
@@ -111,8 +112,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # Plain python, without torchrun's rendezvous: one rank needs no port.
     store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
+    forward_step = ForwardStep(None if args.dump_bad_batch is None else Path(args.dump_bad_batch))
 
     @record  # torchrun's last words are then the traceback of the rank that failed first
+    @no_silent_end(exporter.chunks)
+    @forward_step.failure_explained()
     @checkpoints.schedule_explained()
     def train() -> bool:
         """Whether training went to its end; None from `record` when it was left early, with exit code 0."""
@@ -120,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             pretrain_cfg_container_from_args(args, model),
             dataset_provider(args, spec.model_inputs(config), processor),
             ModelType.encoder_or_decoder,
-            ForwardStep(),
+            forward_step,
             store=store,
         )
         return True

@@ -34,7 +34,7 @@ class BatchStats:
     tokens and padding_tokens add up to the tokens that the model processes; flops are forward and backward.
     mean_trained_tokens is trained_tokens averaged over the step's micro-batches and data ranks: what the MoE routers'
     auxiliary losses weigh against. busiest_patches and mean_patches are of the patches that the vision encoder runs on
-    in each context-parallel rank.
+    in each context-parallel rank. samples are names, for messages.
     """
 
     documents: int
@@ -47,6 +47,7 @@ class BatchStats:
     busiest_patches: int
     mean_patches: float
     flops: float
+    samples: list[str]
 
 
 @dataclass
@@ -169,6 +170,7 @@ def collate(
             busiest_patches=max(images.encoded_patches),
             mean_patches=sum(images.encoded_patches) / vision_ranks,
             flops=model_inputs.flops(BatchShape(tuple(padded), grid_thw)),
+            samples=[sample.id for sample in samples],
         ),
     )
 

@@ -203,7 +203,7 @@ class HfExporter:
                 self.save(iteration)
             finalize_model_grads(*args, **kwargs)
 
-        self.chunks = chunks
+        self.chunks[:] = chunks
         if self.args.save_hf is not None and self.args.save_hf_interval is not None:
             for chunk in chunks:
                 unwrapped(chunk).config.finalize_model_grads_func = finalize
