@@ -29,6 +29,7 @@ UNSUPPORTED = {
     "--use-torch-fsdp2": "use --use-megatron-fsdp",
     "--rampup-batch-size": "a step's packs are planned at one --global-batch-size",
     "--data-path": "data comes from --dataset-provider",
+    "--freeze-all-layers": "--freeze names what isn't trained",
     "--mock-data": "use --dataset-provider mock",
 }
 

@@ -96,7 +96,7 @@ class HfFolder:
         dtypes: dict[str, str] = {}
         for file, expected in listed.items():
             try:
-                found = _header(path / file)
+                found = read_header(path / file)
             except FolderError as error:
                 problems += error.problems
                 continue
@@ -249,7 +249,7 @@ def _listed_files(path: Path) -> dict[str, set[str] | None]:
     raise FolderError(path, ["it has no safetensors file"])
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every tensor of a file; safetensors checks offsets, shapes and the file's length."""
     if problem := regular_file_problem(file):
         raise FolderError(file.parent, [f"{file.name}: {problem}"])
