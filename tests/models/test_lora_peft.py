@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,6 @@ from tests.build_model import build_model, command_line_of
 from tests.errors import relative_error
 from tests.hf_reference import build_hf
 from tests.models.test_hf_parity import DOCUMENTS, load, make_sample, our_inputs, run_hf
-
-import peft
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
