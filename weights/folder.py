@@ -197,7 +197,7 @@ def tensor_names(path: Path) -> set[str] | None:
         return None if index_problems(index) else set(index["weight_map"])
     shards = [file for file in path.glob("*.safetensors") if file.name not in _ADAPTER]
     try:
-        return set(_header(shards[0])) if len(shards) == 1 else None
+        return set(read_header(shards[0])) if len(shards) == 1 else None
     except FolderError:
         return None
 
