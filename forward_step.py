@@ -77,6 +77,7 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
         "feature_rows": batch.feature_rows,
         "labels": batch.labels,
         "loss_mask": batch.loss_mask,
+        "trained_rows": batch.trained_rows[0],
         "padding_mask": batch.padding_mask,
         "packed_seq_params": packed_seq_params(batch),
     }

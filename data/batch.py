@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Device memory is read in lines of this many bytes.
 BUFFER_ALIGNMENT = 128
+# Trained rows of a batch come in multiples of this.
+ROW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Batch:
     input_ids: [B, S] int64.
     labels: [B, S] int64, already shifted: labels[i] = input_ids[i + 1] inside a document.
     loss_mask: [B, S] float32, 1 where labels[i] is trained.
+    trained_rows: [context-parallel ranks, 1 + K, R] int64 (`partition_batch` leaves this rank's), for the next token
+        and each of the model's K further ones: places in a rank's flattened [B, S] whose label is trained, filled up
+        with -1 to a length that the host knows, so that nothing waits for the device to count them.
     padding_mask: [B, S] bool, True on padding.
     position_ids: [3, B, S] int64.
     vision_index: [B, S] int64, row of the vision features that replaces this token's embedding; -1 for text. Shared
@@ -72,6 +77,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     loss_mask: Tensor
+    trained_rows: Tensor
     padding_mask: Tensor
     position_ids: Tensor
     vision_index: Tensor
@@ -102,6 +108,7 @@ def collate(
     seq_len: int,
     dtype: torch.dtype,
     pad_token_id: int,
+    context_ranks: int = 1,
     vision_ranks: int = 1,
     with_vision: bool = True,
 ) -> Batch:
@@ -115,6 +122,7 @@ def collate(
         seq_len: no sample is longer.
         dtype: of the pixels.
         pad_token_id: input id and label of padding.
+        context_ranks: context-parallel ranks, which share the tokens.
         vision_ranks: context-parallel ranks that share the images; 1 when each encodes all of them.
         with_vision: this pipeline stage runs the vision encoder; elsewhere the samples' pixels aren't looked at.
 
@@ -151,6 +159,7 @@ def collate(
         input_ids=input_ids,
         labels=pad_and_concat([sample.input_ids[1:] for sample in samples], pad_token_id),
         loss_mask=loss_mask.float(),
+        trained_rows=_trained_rows(loss_mask, cu_seqlens, model_inputs.further_tokens, context_ranks),
         padding_mask=~pad_and_concat(real_tokens, False),
         position_ids=pad_and_concat(positions, 0),
         vision_index=_vision_index(pad_and_concat(_placeholders(samples, model_inputs), False), images.feature_index()),
@@ -192,6 +201,32 @@ def _check(sample: Sample, model_inputs: ModelInputs, seq_len: int, *, with_visi
             f"{sample.id}: {placeholders} image tokens (id {model_inputs.image_token_id}) for {features} features "
             f"of its image grids {sample.grid_thw.tolist()}"
         )
+
+
+def _trained_rows(loss_mask: Tensor, cu_seqlens: Tensor | None, further_tokens: int, ranks: int) -> Tensor:
+    """See `Batch.trained_rows`.
+
+    Args:
+        loss_mask: [B, S] bool of all ranks.
+        further_tokens: K. A token's (k + 1)-th next one is trained where the next one of the k-th next token is, in
+            the same document: `models.qwen35_vl.mtp.shift_left` says the same on the device.
+    """
+    length = loss_mask.size(-1)
+    is_last = torch.zeros(length, dtype=torch.bool)
+    is_last[(cu_seqlens[1:] - 1).long() if cu_seqlens is not None else [length - 1]] = True
+    masks = [loss_mask]
+    for _ in range(further_tokens):
+        masks.append(masks[-1].roll(-1, dims=-1) & ~is_last)
+    of_ranks = []
+    for rank in range(ranks):
+        held = partition_index(rank, ranks, length=length, cu_seqlens=cu_seqlens, device=loss_mask.device)
+        of_ranks.append([mask.index_select(-1, held).flatten().nonzero().flatten() for mask in masks])
+    # Rounded up, so that few lengths occur: kernels are chosen and memory is reused by them. Never empty: a batch
+    # without a trained token takes part in everything too.
+    longest = max(len(rows) for of_rank in of_ranks for rows in of_rank)
+    width = max(1, math.ceil(longest / ROW_ALIGNMENT)) * ROW_ALIGNMENT
+    filled = [torch.nn.functional.pad(rows, (0, width - len(rows)), value=-1) for rank in of_ranks for rows in rank]
+    return torch.stack(filled).view(ranks, 1 + further_tokens, width)
 
 
 def _placeholders(samples: Sequence[Sample], model_inputs: ModelInputs) -> list[Tensor]:
@@ -320,6 +355,7 @@ def partition_batch(batch: Batch, cp_group: ProcessGroup) -> Batch:
         input_ids=batch.input_ids.index_select(-1, index),
         labels=batch.labels.index_select(-1, index),
         loss_mask=batch.loss_mask.index_select(-1, index),
+        trained_rows=batch.trained_rows[cp_group.rank()].unsqueeze(0),
         padding_mask=batch.padding_mask.index_select(-1, index),
         position_ids=batch.position_ids.index_select(-1, index),
         vision_index=batch.vision_index.index_select(-1, index),

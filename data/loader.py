@@ -299,6 +299,7 @@ def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin |
         seq_len=args.seq_length,
         dtype=args.params_dtype,
         pad_token_id=processor.tokenizer.pad_token_id if processor else 0,
+        context_ranks=args.context_parallel_size,
         vision_ranks=1 if args.redundant_vision else args.context_parallel_size,
         with_vision=with_vision,
     )

@@ -40,6 +40,7 @@ class ModelInputs(Protocol):
     merge_size: int  # one vision feature stands for merge_size x merge_size patches
     patch_dim: int  # values per patch row of pixel_values
     patch_size: int  # a patch's height and width in pixels
+    further_tokens: int  # tokens behind the next one that it is trained to predict (MTP's depths)
 
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
         """[L] int64 and [I, 3] int64 of one document -> its [3, L] int64 positions."""

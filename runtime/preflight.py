@@ -31,6 +31,10 @@ UNSUPPORTED = {
     "--rampup-batch-size": "a step's packs are planned at one --global-batch-size",
     "--data-path": "data comes from --dataset-provider",
     "--mock-data": "use --dataset-provider mock",
+    "--fp16-lm-cross-entropy": "the loss is computed in float32, in one operation with the output layer",
+    "--cross-entropy-loss-fusion": "the loss is fused with the output layer already",
+    "--defer-embedding-wgrad-compute": "the output layer and its loss are one operation",
+    "--use-mup": "the output layer's logits aren't scaled",
 }
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

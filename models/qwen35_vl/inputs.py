@@ -40,6 +40,10 @@ class Qwen35VLInputs:
     def patch_size(self) -> int:
         return self.config.vision.patch_size
 
+    @property
+    def further_tokens(self) -> int:
+        return self.config.mtp_num_layers
+
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
         token_ids = self.config.token_ids
         return position_ids(

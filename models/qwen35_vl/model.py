@@ -36,7 +36,6 @@ def build_qwen35_vl(
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
-        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="mrope",
@@ -45,6 +44,7 @@ def build_qwen35_vl(
         scatter_embedding_sequence_parallel=False,  # after the vision features are in: MultimodalModel
         pg_collection=pg_collection,
         vp_stage=vp_stage,
+        keep_logits=args.keep_logits,
     )
     vision_model = None
     if pre_process:
