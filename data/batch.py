@@ -155,11 +155,13 @@ def collate(
     loss_mask = pad_and_concat([sample.trained[1:] for sample in samples], False)
     grid_thw = torch.cat([sample.grid_thw for sample in samples])
     images = _Images.of(grid_thw, model_inputs, vision_ranks)
+    trained_rows = _trained_rows(loss_mask, cu_seqlens, model_inputs.further_tokens, context_ranks)
+    trained = tuple((trained_rows >= 0).sum((0, 2)).tolist())
     return Batch(
         input_ids=input_ids,
         labels=pad_and_concat([sample.input_ids[1:] for sample in samples], pad_token_id),
         loss_mask=loss_mask.float(),
-        trained_rows=_trained_rows(loss_mask, cu_seqlens, model_inputs.further_tokens, context_ranks),
+        trained_rows=trained_rows,
         padding_mask=~pad_and_concat(real_tokens, False),
         position_ids=pad_and_concat(positions, 0),
         vision_index=_vision_index(pad_and_concat(_placeholders(samples, model_inputs), False), images.feature_index()),
@@ -177,7 +179,7 @@ def collate(
             patches=sum(images.patches),
             busiest_patches=max(images.encoded_patches),
             mean_patches=sum(images.encoded_patches) / vision_ranks,
-            flops=model_inputs.flops(BatchShape(tuple(padded), grid_thw)),
+            flops=model_inputs.flops(BatchShape(tuple(padded), grid_thw, trained)),
         ),
     )
 
@@ -219,8 +221,11 @@ def _trained_rows(loss_mask: Tensor, cu_seqlens: Tensor | None, further_tokens: 
         masks.append(masks[-1].roll(-1, dims=-1) & ~is_last)
     of_ranks = []
     for rank in range(ranks):
-        held = partition_index(rank, ranks, length=length, cu_seqlens=cu_seqlens, device=loss_mask.device)
-        of_ranks.append([mask.index_select(-1, held).flatten().nonzero().flatten() for mask in masks])
+        held = masks
+        if ranks > 1:
+            index = partition_index(rank, ranks, length=length, cu_seqlens=cu_seqlens, device=loss_mask.device)
+            held = [mask.index_select(-1, index) for mask in masks]
+        of_ranks.append([mask.flatten().nonzero().flatten() for mask in held])
     # Rounded up, so that few lengths occur: kernels are chosen and memory is reused by them. Never empty: a batch
     # without a trained token takes part in everything too.
     longest = max(len(rows) for of_rank in of_ranks for rows in of_rank)
@@ -336,6 +341,10 @@ def partition_batch(batch: Batch, cp_group: ProcessGroup) -> Batch:
     Raises:
         ValueError: the images are shared by another number of ranks, or the tokens can't be cut.
     """
+    if batch.trained_rows.size(0) != cp_group.size():
+        raise ValueError(
+            f"a batch for {batch.trained_rows.size(0)} context-parallel ranks in a group of {cp_group.size()}"
+        )
     vision = batch.vision
     if vision is not None and batch.feature_rows is not None:
         if len(vision) != cp_group.size():

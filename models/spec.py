@@ -27,10 +27,13 @@ class BatchShape:
 
     document_lengths: padded length of each document (THD) or row (BSHD), in tokens.
     grid_thw: [I, 3] int64, patches per image in time, height and width.
+    trained: how many tokens' next token is trained, and how many's further ones (`ModelInputs.further_tokens`): the
+        output layer runs on these alone. Empty: on all tokens.
     """
 
     document_lengths: tuple[int, ...]
     grid_thw: Tensor
+    trained: tuple[int, ...] = ()
 
 
 class ModelInputs(Protocol):

@@ -5,7 +5,6 @@ torch's own operations would go through the chunk six times forward and five tim
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,9 +31,7 @@ def add_chunk(
         )
 
 
-def logits_to_grads(
-    logits: Tensor, columns: Tensor, start: int, maximum: Tensor, total: Tensor, scale: Tensor
-) -> None:
+def logits_to_grads(logits: Tensor, columns: Tensor, start: int, maximum: Tensor, total: Tensor, scale: Tensor) -> None:
     """Replace logits by scale * (softmax - one at the label), in place.
 
     Args:

@@ -26,8 +26,9 @@ def batch_flops(config: Qwen35VLConfig, shape: BatchShape) -> float:
         + (attention_layers + mtp) * _attention_projection_macs(config)
         + (config.num_layers + mtp) * _mlp_macs(config)
         + mtp * 2 * config.hidden_size**2  # [embedding, hidden] -> hidden
-        + (1 + mtp) * config.hidden_size * config.vocab_size
     )
+    heads = sum(shape.trained) if shape.trained else (1 + mtp) * tokens
+    macs += heads * config.hidden_size * config.vocab_size
     macs += (attention_layers + mtp) * attended * 2 * config.num_attention_heads * config.kv_channels
     macs += _vision_macs(config.vision, config.hidden_size, shape)
     return float(FORWARD_AND_BACKWARD * MULTIPLY_ADD * macs)

@@ -36,9 +36,7 @@ def use_small_chunks(set_attribute: Callable, set_item: Callable) -> None:
 def make_inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden, weight, labels (some ignored) and the losses' gradients, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, weight = (
-        torch.randn(size, WIDTH, generator=generator, dtype=torch.float64) for size in (ROWS, VOCABULARY)
-    )
+    hidden, weight = (torch.randn(size, WIDTH, generator=generator, dtype=torch.float64) for size in (ROWS, VOCABULARY))
     labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
     labels[[0, 5, ROWS - 1]] = IGNORED
     return hidden, weight, labels, torch.randn(ROWS, generator=generator, dtype=torch.float64)
