@@ -211,7 +211,7 @@ def _trained_rows(loss_mask: Tensor, cu_seqlens: Tensor | None, further_tokens: 
     Args:
         loss_mask: [B, S] bool of all ranks.
         further_tokens: K. A token's (k + 1)-th next one is trained where the next one of the k-th next token is, in
-            the same document: `models.qwen35_vl.mtp.shift_left` says the same on the device.
+            the same document: `models.common.mtp.shift_left` says the same on the device.
     """
     length = loss_mask.size(-1)
     is_last = torch.zeros(length, dtype=torch.bool)

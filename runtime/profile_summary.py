@@ -157,6 +157,5 @@ class HostTimes:
 
 def host_lines(seconds: Mapping[str, float]) -> list[str]:
     """For people, in milliseconds."""
-    return [
-        f"  host in {name:28} {spent * 1e3:9.1f} ms" for name, spent in sorted(seconds.items(), key=lambda x: -x[1])
-    ]
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    return [f"  host in {name:28} {spent * 1e3:9.1f} ms" for name, spent in ordered]

@@ -32,6 +32,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,12 @@ def training_flags(options: Namespace) -> list[str]:
 
 def measure_ours(options: Namespace, measurement: Measurement) -> None:
     """Train with `megatron.training.pretrain`, each step on the clock."""
-    sys.argv[1:] = []
     import arguments
+    from runtime import prepare
 
-    args = arguments.parse(training_flags(options))
+    command_line = arguments.preflight_or_exit(training_flags(options))
+    prepare()
+    args = arguments.parse(command_line)
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, training
@@ -190,8 +193,6 @@ def measure_ours(options: Namespace, measurement: Measurement) -> None:
         return outcome
 
     training.train_step = timed
-    from functools import partial
-
     model = ProvidedModelConfig(provider=partial(model_provider, spec, args), post_wrap_hooks=[])
     pretrain(
         pretrain_cfg_container_from_args(args, model),
@@ -367,7 +368,7 @@ def table(results: list[Measurement], device: str) -> list[str]:
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
     ours = next((m.step for m in results if m.side == "ours" and m.seconds), None)
     lines = [
-        "| side | step s | min to max | tokens/s | TFLOP/s | MFU | peak GB | device busy | kernels | ours is faster by |",
+        "| side | step s | min to max | tokens/s | TFLOP/s | MFU | peak GB | device busy | kernels | ours is |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for m in results:
@@ -385,7 +386,7 @@ def table(results: list[Measurement], device: str) -> list[str]:
             f"{m.peak_bytes / 1e9:.1f}",
             f"{m.busy_seconds / m.step:.0%}" if m.busy_seconds and peak else "",
             f"{m.launches}" if m.launches else "",
-            f"{m.step / ours:.2f}x" if ours and m.side != "ours" else "",
+            f"{m.step / ours:.2f}x as fast" if ours and m.side != "ours" else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
