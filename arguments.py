@@ -103,6 +103,18 @@ def _add_model_args(parser: ArgumentParser) -> None:
         help="Every context-parallel rank encodes all images; default: the ranks share them, each is encoded once",
     )
     group.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="Run each training micro-batch as two CUDA graphs; packs are padded to --seq-length tokens and "
+        "--max-patches-per-pack patches",
+    )
+    group.add_argument(
+        "--fuse-weight-gradients",
+        action="store_true",
+        help="Transformer Engine's linears and the output layer add weight gradients to Megatron's float32 ones where "
+        "they are made (Megatron's --gradient-accumulation-fusion, which needs Apex, is the other linears')",
+    )
+    group.add_argument(
         "--keep-logits",
         action="store_true",
         help="Keep the logits of trained tokens in the model's dtype for backward, rather than compute them again: a "

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         pretrain_cfg_container_from_args(args, model),
         dataset_provider(args, spec, processor),
         ModelType.encoder_or_decoder,
-        ForwardStep(),
+        ForwardStep(cuda_graphs=args.cuda_graphs),
         store=store,
     )
     exporter.finish()

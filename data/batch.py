@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from data.pack import Pack
+from models.backends.documents import chunk_indices
+from models.common.gdn_kernels import FLA_CHUNK
 from models.context_parallel import partition_index
 from models.spec import BatchShape, ModelInputs
 
@@ -66,7 +68,9 @@ class Batch:
     vision_index: [B, S] int64, row of the vision features that replaces this token's embedding; -1 for text. Shared
         features are the ranks' one after another, feature_rows each.
     cu_seqlens: [N + 1] int32 over padded documents, cu_seqlens[-1] == T; None in BSHD.
-    max_seqlen: longest padded document (BSHD: S).
+    chunk_indices: [G, 2] int32, the row's chunks of `FLA_CHUNK` tokens (`models.backends.documents.chunk_indices`), for
+        kernels that would find them on the host; None in BSHD.
+    max_seqlen: longest padded document (BSHD: S), or more.
     vision: the vision encoder's keyword arguments, pixel_values [P, D] among them, for each context-parallel rank
         when the ranks share the images (`partition_batch` leaves this rank's), else once; None on pipeline stages
         that don't run it.
@@ -82,6 +86,7 @@ class Batch:
     position_ids: Tensor
     vision_index: Tensor
     cu_seqlens: Tensor | None
+    chunk_indices: Tensor | None
     max_seqlen: int
     vision: tuple[dict[str, Tensor | int], ...] | None
     feature_rows: int | None
@@ -166,6 +171,7 @@ def collate(
         position_ids=pad_and_concat(positions, 0),
         vision_index=_vision_index(pad_and_concat(_placeholders(samples, model_inputs), False), images.feature_index()),
         cu_seqlens=cu_seqlens,
+        chunk_indices=chunk_indices(padded, FLA_CHUNK) if packed else None,
         max_seqlen=max(padded),
         vision=_vision(samples, images, model_inputs, dtype) if with_vision else None,
         feature_rows=images.feature_rows if vision_ranks > 1 else None,
@@ -341,10 +347,6 @@ def partition_batch(batch: Batch, cp_group: ProcessGroup) -> Batch:
     Raises:
         ValueError: the images are shared by another number of ranks, or the tokens can't be cut.
     """
-    if batch.trained_rows.size(0) != cp_group.size():
-        raise ValueError(
-            f"a batch for {batch.trained_rows.size(0)} context-parallel ranks in a group of {cp_group.size()}"
-        )
     vision = batch.vision
     if vision is not None and batch.feature_rows is not None:
         if len(vision) != cp_group.size():
@@ -359,6 +361,10 @@ def partition_batch(batch: Batch, cp_group: ProcessGroup) -> Batch:
         cu_seqlens=batch.cu_seqlens,
         device=batch.input_ids.device,
     )
+    if batch.trained_rows.size(0) != cp_group.size():
+        raise ValueError(
+            f"a batch for {batch.trained_rows.size(0)} context-parallel ranks in a group of {cp_group.size()}"
+        )
     return replace(
         batch,
         input_ids=batch.input_ids.index_select(-1, index),
@@ -417,6 +423,26 @@ def flatten(batch: Batch) -> FlatBatch:
     for name, tensor in zip((n for n, p in places.items() if isinstance(p, list)), tensors, strict=True):
         _view(flat.buffer, places[name]).copy_(tensor)
     return flat
+
+
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
+    """The batch's tensors by name: a field's, or "vision.RANK.ARGUMENT"."""
+    tensors = {field.name: value for field in fields(batch) if isinstance(value := getattr(batch, field.name), Tensor)}
+    for rank, of_rank in enumerate(batch.vision or ()):
+        tensors |= {f"vision.{rank}.{name}": value for name, value in of_rank.items() if isinstance(value, Tensor)}
+    return tensors
+
+
+def with_tensors(batch: Batch, tensors: dict[str, Tensor]) -> Batch:
+    """The batch with other tensors in the place of its own, under the names of `tensors_of`."""
+    vision = None
+    if batch.vision is not None:
+        vision = tuple(
+            {name: tensors.get(f"vision.{rank}.{name}", value) for name, value in of_rank.items()}
+            for rank, of_rank in enumerate(batch.vision)
+        )
+    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    return replace(batch, vision=vision, **own)
 
 
 def unflatten(flat: FlatBatch) -> Batch:

@@ -53,6 +53,13 @@ class ModelInputs(Protocol):
         """[I, 3] int64 -> the vision encoder's keyword arguments besides pixel_values."""
         ...
 
+    def pad_vision(self, vision: dict[str, Tensor | int], patches: int, frames: int) -> dict[str, Tensor | int] | None:
+        """The vision encoder's keyword arguments, pixel_values among them, padded to a number of patches and frames.
+
+        Features of the padding come behind the real ones. None where there are more patches or frames already.
+        """
+        ...
+
     def flops(self, shape: BatchShape) -> float:
         """Floating-point operations of forward and backward of one micro-batch, over all ranks that share it.
 

@@ -83,6 +83,7 @@ def refusals(args: Namespace, command_line: list[str], machine: Machine, world_s
         *_experts(args, world_size),
         *_pipeline(args),
         *_checkpoint(args),
+        *_cuda_graphs(args, command_line, machine),
         *_processor(args),
     ]
 
@@ -172,6 +173,46 @@ def _world(args: Namespace, world_size: int) -> list[str]:
                 f"{args.micro_batch_size} * {data_ranks} data-parallel ranks; {_nearest(args.global_batch_size, step)}"
             ]
     return []
+
+
+# What a captured micro-batch can't do, by flag.
+_NOT_IN_GRAPHS = {
+    "--use-megatron-fsdp": "it moves weights and gradients about",
+    "--overlap-grad-reduce": "gradients are added inside the graph, where no hook can start their reduction",
+    "--overlap-param-gather": "its hooks run on the host",
+    "--recompute-granularity": "recomputation restores random states, which can't be captured",
+    "--recompute-vision": "recomputation restores random states, which can't be captured",
+    "--fp16": "the loss scale would be fixed",
+    "--num-experts": "the host has to know how many tokens each expert gets",
+    "--cuda-graph-impl": "these are the harness's own graphs",
+}
+
+
+def _cuda_graphs(args: Namespace, command_line: list[str], machine: Machine) -> list[str]:
+    given = {word.split("=", 1)[0] for word in command_line}
+    problems = []
+    if args.fuse_weight_gradients and args.use_megatron_fsdp:
+        problems.append("--fuse-weight-gradients: Megatron-FSDP's gradient buffers aren't added to; drop one")
+    if not args.cuda_graphs:
+        return problems
+    if not machine.gpus or args.transformer_impl != "transformer_engine":
+        problems.append("--cuda-graphs: needs a GPU and --transformer-impl transformer_engine")
+    if not args.use_packed_sequence:
+        problems.append("--cuda-graphs: rows are documents packed to one length; add --use-packed-sequence")
+    if args.max_patches_per_pack is None:
+        problems.append("--cuda-graphs: images are padded to a number of patches; give it with --max-patches-per-pack")
+    for flag, size in (
+        ("--tensor-model-parallel-size", args.tensor_model_parallel_size),
+        ("--pipeline-model-parallel-size", args.pipeline_model_parallel_size),
+        ("--context-parallel-size", args.context_parallel_size),
+    ):
+        if size > 1:
+            problems.append(f"--cuda-graphs with {flag} {size}: not built; drop one")
+    return problems + [
+        f"--cuda-graphs with {flag}: {why}; drop one"
+        for flag, why in _NOT_IN_GRAPHS.items()
+        if flag in given and not (flag == "--num-experts" and not args.num_experts)
+    ]
 
 
 def _attention_heads(args: Namespace) -> list[str]:

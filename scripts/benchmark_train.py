@@ -198,7 +198,7 @@ def measure_ours(options: Namespace, measurement: Measurement) -> None:
         pretrain_cfg_container_from_args(args, model),
         dataset_provider(args, spec, None),
         ModelType.encoder_or_decoder,
-        CountingForwardStep(),
+        CountingForwardStep(cuda_graphs=args.cuda_graphs),
         store=torch.distributed.HashStore(),
     )
     torch.distributed.destroy_process_group()

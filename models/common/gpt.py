@@ -160,6 +160,12 @@ class MultimodalGPTModel(GPTModel):
             hidden_states = MTPLossAutoScaler.apply(hidden_states, scale * trained / count * losses)
         return hidden_states
 
+    def log_mtp_groups(self) -> None:
+        """Name the groups that MTP's log is reduced over, which `_log_mtp` does too, where a CUDA graph stands for it."""
+        if self.config.mtp_num_layers and self.post_process:
+            tracker = MTPLossLoggingHelper.tracker
+            tracker["reduce_group"], tracker["avg_group"] = self.pg_collection.cp, get_data_parallel_group()
+
     def _log_mtp(self, loss: Tensor, hits: Tensor, trained: Tensor, depth: int) -> None:
         """For Megatron's log: mean loss and hit rate of a depth, over CP (sum) and data ranks (mean)."""
         MTPLossLoggingHelper.save_metrics_to_tracker(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.common import parallel_layers
 from models.common.linear_cross_entropy import IGNORED, linear_cross_entropy
@@ -97,3 +97,16 @@ def let_compute_losses(layer: parallel_layers.ColumnParallelLinear, *, keep_logi
         raise ValueError(f"{', '.join(given)}: the output layer and its loss are one operation here; leave it out")
     layer.__class__ = ColumnParallelLinear
     layer.keep_logits = keep_logits
+
+
+def fuse_weight_gradients(model: nn.Module) -> None:
+    """Let Transformer Engine's linears and the output layer add weight gradients to `main_grad` where they are made.
+
+    Set on the modules: with the same in their configuration, megatron-core's own linears refuse to be built without
+    Apex, the output layer among them, which doesn't need it here.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear):
+            module.gradient_accumulation_fusion = True
+        elif hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's
+            module.fuse_wgrad_accumulation = True

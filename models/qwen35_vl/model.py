@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from models.backends import get_backend
 from models.base import MultimodalModel
 from models.common.gpt import MultimodalGPTModel
+from models.common.output_layer import fuse_weight_gradients
 from models.qwen35_vl.configuration import Qwen35VLConfig
 from models.qwen35_vl.specs import decoder_block_spec, mtp_block_spec
 from models.qwen35_vl.vision_encoder import VisionEncoder
@@ -55,6 +56,9 @@ def build_qwen35_vl(
             out_hidden_size=language_config.hidden_size,
             pg_collection=pg_collection,
         )
-    return MultimodalModel(
+    model = MultimodalModel(
         language_config, language_model=language_model, vision_model=vision_model, pg_collection=pg_collection
     )
+    if args.fuse_weight_gradients:
+        fuse_weight_gradients(model)
+    return model

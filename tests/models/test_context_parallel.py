@@ -150,7 +150,7 @@ def test_the_ranks_parts_are_the_batch(packed: bool, cp_size: int) -> None:
         assert torch.equal(joined[..., back], getattr(whole, name)), name
     for part in parts:
         for field in fields(Batch):
-            if field.name not in SEQUENCE_FIELDS:
+            if field.name not in (*SEQUENCE_FIELDS, "trained_rows"):
                 assert getattr(part, field.name) is getattr(whole, field.name)
 
 
@@ -199,6 +199,11 @@ def test_each_rank_keeps_its_images() -> None:
     shared = batch(packed=True, cp_size=2, vision_ranks=2)
     for rank in range(2):
         assert partition_batch(shared, Group(rank, 2)).vision == (shared.vision[rank],)
+
+
+def test_a_batch_for_other_ranks_is_refused() -> None:
+    with pytest.raises(ValueError, match="a batch for 4 context-parallel ranks in a group of 2"):
+        partition_batch(batch(packed=True, cp_size=4), Group(0, 2))
 
 
 @pytest.mark.parametrize("cp_size", [1, 4])
