@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Other threads (NCCL's watchdog, the loader's pinning) go on with calls that a capture forbids its own thread.
+_ERRORS = "thread_local"
+
 
 class GraphedFunction:
     """A function of tensors that need no gradient, and of parameters that do.
@@ -44,13 +47,13 @@ class GraphedFunction:
         gc.collect()
         torch.cuda.empty_cache()
         self._forward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, pool=pool):
+        with torch.cuda.graph(self._forward, pool=pool, capture_error_mode=_ERRORS):
             self._output = function(self._inputs)
         self._output_grad = torch.zeros_like(self._output)
         for parameter in parameters:
             parameter.grad_added_to_main_grad = False
         self._backward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._backward, pool=pool):
+        with torch.cuda.graph(self._backward, pool=pool, capture_error_mode=_ERRORS):
             gradients = torch.autograd.grad(self._output, parameters, self._output_grad, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 _add_to_main_grad(parameter, gradient)

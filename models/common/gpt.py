@@ -161,7 +161,7 @@ class MultimodalGPTModel(GPTModel):
         return hidden_states
 
     def log_mtp_groups(self) -> None:
-        """Name the groups that MTP's log is reduced over, which `_log_mtp` does too, where a CUDA graph stands for it."""
+        """Name the groups that MTP's log is reduced over: where a CUDA graph runs, `_log_mtp` doesn't."""
         if self.config.mtp_num_layers and self.post_process:
             tracker = MTPLossLoggingHelper.tracker
             tracker["reduce_group"], tracker["avg_group"] = self.pg_collection.cp, get_data_parallel_group()

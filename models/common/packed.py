@@ -12,8 +12,9 @@ from torch import Tensor
 class PackedDocuments(PackedSeqParams):
     """megatron-core's description of THD documents.
 
-    chunk_indices: [G, 2] int32 of all the row's chunks of `CHUNK` tokens; see `models.backends.documents.chunk_indices`.
-        May be longer: entries behind a document's end are computed for nothing. None: the kernels make it.
+    chunk_indices: [G, 2] int32 of all the row's chunks of `models.common.gdn_kernels.FLA_CHUNK` tokens; see
+        `models.backends.documents.chunk_indices`. May be longer: entries behind a document's end are computed for
+        nothing. None: the kernels make it.
     """
 
     chunk_indices: Tensor | None = None

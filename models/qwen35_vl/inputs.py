@@ -119,7 +119,7 @@ def pad_vision_inputs(vision: dict[str, Tensor | int], patches: int, frames: int
     borders = vision["cu_seqlens"]
     count, largest = int(borders[-1]), vision["max_seqlen"]
     missing = patches - count
-    added = list(range(count + largest, patches, largest)) + [patches] if missing > 0 else []
+    added = [*range(count + largest, patches, largest), patches] if missing > 0 else []
     if missing < 0 or len(borders) - 1 + len(added) > frames:
         return None
     empty = frames + 1 - len(borders) - len(added)
