@@ -26,7 +26,7 @@ CLASSES: dict[str, str] = {
         r"chunk_|gated_delta|delta_rule|causal_conv|conv1d|recompute_w_u|prepare_wy|solve_tril|merge_16x16|l2norm"
         r"|cumsum|_fwd_kernel_h|wy_|layer_norm_gated"
     ),
-    "optimizer": r"adam|multi_tensor|lamb|l2_norm_kernel",
+    "optimizer": r"adam|multi_tensor|l2_norm_kernel",
     "norm": r"norm|rms|ln_fwd|ln_bwd|layernorm",
     "experts": r"permute|topk|sort|histogram|routing|router|scatter_gather|radix|bincount",
     "GEMM": r"gemm|nvjet|cutlass|cublas|xmma|wgmma|splitk|s16816|gemv|matmul|ampere_|sm90_|mm_kernel",

@@ -121,7 +121,7 @@ class Clock:
             print(f"{measurement.side}: step {self._done} {seconds:.3f} s", file=sys.stderr, flush=True)
         self._done += 1
         if self._done == self.steps:
-            measurement.peak_bytes = torch.cuda.max_memory_allocated() if cuda else _resident_bytes()
+            measurement.peak_bytes = torch.cuda.max_memory_reserved() if cuda else _resident_bytes()
             if self.host:
                 measurement.profile += ["forward of an unprofiled step:", *self._host_lines]
         return outcome

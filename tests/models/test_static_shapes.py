@@ -95,5 +95,5 @@ def test_padding_changes_no_gradient(tmp_path: Path) -> None:
     assert actual["losses"][:, length:].count_nonzero() == 0
     actual["losses"] = actual["losses"][:, :length]
     errors = {name: relative_error(actual[name], value) for name, value in expected.items()}
-    assert len(errors) > 100
+    assert len(errors) > 80
     assert max(errors.values()) < TOLERANCE, errors
