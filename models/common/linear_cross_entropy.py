@@ -13,10 +13,12 @@ chunk.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -236,3 +238,51 @@ def _stand_in(weight: Tensor) -> Tensor | None:
         return None
     weight.grad_added_to_main_grad = True
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+# Several times what bfloat16 logits cost.
+CHECK_TOLERANCE = 0.03
+
+
+@functools.cache
+def check_kernels() -> None:
+    """Compare losses and gradients on this GPU, in bfloat16, with torch's own in float64: a second at most.
+
+    Raises:
+        RuntimeError: a tensor differs by more than bfloat16's rounding explains; the message names it.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    errors = kernel_errors(device)
+    if wrong := {name: error for name, error in errors.items() if not error < CHECK_TOLERANCE}:
+        import triton
+
+        raise RuntimeError(
+            f"the output layer's loss is computed wrongly on this {torch.cuda.get_device_name(device)} with Triton "
+            f"{triton.__version__}: relative to torch in float64 (bfloat16 explains {CHECK_TOLERANCE}) "
+            f"{', '.join(f'{name} is off by {error:.1e}' for name, error in wrong.items())}"
+        )
+
+
+def kernel_errors(device: torch.device) -> dict[str, float]:
+    """Relative errors of bfloat16 losses and gradients against torch's in float64, by name; NaN where they are NaN."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+
+    rows, width, vocabulary = 96, 64, 3 * SMALLEST_CHUNK + 200
+    hidden, weight = normal(rows, width), normal(vocabulary, width) / 4
+    labels = torch.randint(vocabulary, (rows,), generator=generator, device=device)
+    labels[0] = IGNORED
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (hidden, weight)]
+        if dtype == torch.float64:
+            losses = F.cross_entropy(leaves[0] @ leaves[1].mT, labels, ignore_index=IGNORED, reduction="none")
+        else:
+            losses, _ = linear_cross_entropy(*leaves, labels)
+        losses.sum().backward()
+        results.append((losses.detach(), *(leaf.grad for leaf in leaves)))
+    names = ("loss", "gradient of hidden", "gradient of weight")
+    exact, actual = results
+    return {name: ((a.double() - e).norm() / e.norm()).item() for name, a, e in zip(names, actual, exact, strict=True)}

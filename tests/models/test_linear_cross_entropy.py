@@ -244,3 +244,15 @@ def layer_losses(folder: Path, sequence_parallel: bool, batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_two_ranks_share_the_vocabulary(sequence_parallel: bool, batch: int, tmp_path: Path) -> None:
     run_on_ranks(layer_losses, 2, tmp_path, sequence_parallel, batch, tensor_model_parallel_size=2)
+
+
+# The check at start
+
+
+def test_the_check_names_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert max(operation.kernel_errors(device).values()) < operation.CHECK_TOLERANCE
+    to_grads = operation._logits_to_grads
+    monkeypatch.setattr(operation, "_logits_to_grads", lambda *args: to_grads(*args) * 1.1)
+    wrong = {name for name, error in operation.kernel_errors(device).items() if error > operation.CHECK_TOLERANCE}
+    assert wrong == {"gradient of hidden", "gradient of weight"}
