@@ -10,7 +10,6 @@ everything else. Importing this file imports neither torch nor megatron.
 from __future__ import annotations
 
 import io
-import os
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -22,12 +21,13 @@ from typing import NoReturn
 
 from data import DATASET_PROVIDERS
 from models import MODEL_REGISTRY, ModelSpec
-from runtime import checkpoints
+from runtime import checkpoints, launch_environment
 from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
 from weights.check import DESCRIPTION, check_folder, hf_weights_of, is_hub_name, local_folder
-from weights.folder import FolderError, HfFolder, has_processor, has_weights, parse_size, read_config
+from weights.folder import FolderError, HfFolder, has_processor, occupied, parse_size, read_config
+from weights.schema import description_problems
 
 # What the training loop of this harness is made for; not a matter of taste.
 ALWAYS = (
@@ -60,15 +60,25 @@ def add_multimodal_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the harness' own flags to Megatron's parser (its `extra_args_provider`)."""
     _add_model_args(parser)
     _add_data_args(parser)
-    parser.add_argument_group("checkpoints").add_argument(
+    _add_checkpoint_args(parser)
+    _add_hf_args(parser)
+    return parser
+
+
+def _add_checkpoint_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument(
         "--keep-last",
         type=int,
         default=None,
         metavar="N",
         help="Keep the last N checkpoints in --save; older ones are deleted when a newer one is complete",
     )
-    _add_hf_args(parser)
-    return parser
+    group.add_argument(
+        "--overwrite-checkpoints",
+        action="store_true",
+        help="Delete an older run's checkpoints in --save when this run starts; without it, they are a refusal",
+    )
 
 
 def _add_model_args(parser: ArgumentParser) -> None:
@@ -169,6 +179,12 @@ def _add_data_args(parser: ArgumentParser) -> None:
         "--strict-special-mask",
         action="store_true",
         help="Train on no special token, as the in-tree example; default: <|im_end|> after an answer is trained",
+    )
+    group.add_argument(
+        "--loader-timeout-minutes",
+        type=float,
+        default=10.0,
+        help="End the run when the loader's workers give no batch for so long",
     )
     group.add_argument("--use-vanilla-collate-fn", action="store_true", help="No effect; a notice says why")
     group.add_argument("--total-seq-length", type=int, default=None, help="No effect; a notice says what does it now")
@@ -293,6 +309,7 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
         command_line += ["--ckpt-step", str(start.step)]
     problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args)
     problems += _hf_weights(args, spec, weights_are_here)
+    problems += _processor_files(args) + _checkpoint_model(args, spec)
     if problems:
         raise Refused(problems)
     return command_line
@@ -307,7 +324,10 @@ def preflight_or_exit(argv: list[str], *, with_weights: bool = False) -> Command
         _print_help()
         raise SystemExit(0)
     try:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        try:
+            world_size = launch_environment.world_size()
+        except ValueError as error:
+            raise Refused([str(error)]) from error
         return CommandLine(preflight(argv, detect(), world_size, with_weights=with_weights), argv)
     except Refused as refused:
         print(refused, file=sys.stderr, flush=True)
@@ -395,8 +415,8 @@ def _hf_weights(args: Namespace, spec: ModelSpec, weights_are_here: bool) -> lis
         return [f"{flag}: {args.model_arch} has no table of HuggingFace weights" for flag in given]
     if args.save_hf_interval is not None and (args.save_hf is None or args.save_hf_interval < 1):
         problems.append(f"--save-hf-interval {args.save_hf_interval}: needs --save-hf DIR and at least 1")
-    if args.save_hf is not None and args.save_hf_interval is None and has_weights(Path(args.save_hf)):
-        problems.append(f"--save-hf {args.save_hf}: there is a model already; give a new folder")
+    if args.save_hf is not None and args.save_hf_interval is None and (there := occupied(Path(args.save_hf))):
+        problems.append(f"--save-hf {args.save_hf}: {there}; give a new folder")
     try:
         parse_size(args.max_shard_size)
     except ValueError as error:
@@ -413,6 +433,33 @@ def _hf_weights(args: Namespace, spec: ModelSpec, weights_are_here: bool) -> lis
     except ValueError as error:
         problems.append(f"--load-hf {error}")
     return problems
+
+
+def _checkpoint_model(args: Namespace, spec: ModelSpec) -> list[str]:
+    """Refusals of a checkpoint whose `hf/config.json` describes another model than the flags, each with both values."""
+    load = args.load or args.pretrained_checkpoint
+    if (
+        spec.hf_weights is None
+        or not load
+        or checkpoints.choose(Path(load), args.ckpt_step, args.ckpt_format).folder is None
+    ):
+        return []
+    flag, hf = ("--load" if args.load else "--pretrained-checkpoint"), Path(load) / "hf"
+    if not (hf / "config.json").exists():
+        return []
+    try:
+        differing = spec.hf_weights.mismatches(args, read_config(hf))
+    except ValueError as error:
+        return [f"{flag} {error}"]
+    return [f"{flag} {load}: its checkpoints are of another model: {difference}" for difference in differing]
+
+
+def _processor_files(args: Namespace) -> list[str]:
+    """Refusals of values in a local `--hf-processor-path`'s files; `--load-hf`'s own are checked with its weights."""
+    folder = None if args.hf_processor_path is None else Path(args.hf_processor_path).expanduser()
+    if folder is None or not folder.is_dir() or args.hf_processor_path == args.load_hf:
+        return []
+    return [f"--hf-processor-path {folder}: {problem}" for problem in description_problems(folder)]
 
 
 def _architecture(args: Namespace) -> tuple[ModelSpec, list[str]]:
@@ -455,7 +502,7 @@ def _extend_megatron_parser(parser: ArgumentParser) -> ArgumentParser:
         print(Refused([message]), file=sys.stderr, flush=True)
         raise SystemExit(2)
 
-    parser.error = error
+    parser.error = error  # type: ignore[method-assign]  # Megatron makes the parser, so there is no subclass
     return add_multimodal_args(parser)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import arguments
 from models import MODEL_REGISTRY, ModelSpec
-from runtime import prepare, quiet_libraries
+from runtime import lifetime, prepare, quiet_libraries
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -60,7 +60,8 @@ def model_provider(
 
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says; `argv` defaults to `sys.argv[1:]`."""
-    # First, since a refusal shouldn't cost the import of torch and megatron.
+    lifetime.end_with_agent()
+    # Early, since a refusal shouldn't cost the import of torch and megatron.
     command_line = arguments.preflight_or_exit(sys.argv[1:] if argv is None else argv, with_weights=True)
     quiet_libraries()
     prepared = prepare()
@@ -76,12 +77,15 @@ def main(argv: list[str] | None = None) -> None:
     from data import DATASET_PROVIDERS
     from data.loader import dataset_provider
     from forward_step import ForwardStep
-    from runtime import checkpoints
+    from runtime import checkpoints, output_folder, preemption
     from runtime.model_builder import ProvidedModelConfig
     from runtime.outputs import draw_losses, write_arguments
     from weights.job import HfExporter, load_hf
     from weights.origin import HfOrigin, write_hf_folder
 
+    preemption.install(args)
+    if args.rank == 0:
+        output_folder.begin(args)
     processor = DATASET_PROVIDERS[args.dataset_provider].processor(args, spec.hf_config(args))
     origin = HfOrigin.of(args)
     if args.rank == 0 and args.save:
@@ -101,15 +105,22 @@ def main(argv: list[str] | None = None) -> None:
 
     # Plain python, without torchrun's rendezvous: one rank needs no port.
     store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
-    # torchrun's last words are then the traceback of the rank that failed first.
-    record(checkpoints.schedule_explained()(pretrain))(
-        pretrain_cfg_container_from_args(args, model),
-        dataset_provider(args, spec, processor),
-        ModelType.encoder_or_decoder,
-        ForwardStep(cuda_graphs=args.cuda_graphs),
-        store=store,
-    )
-    exporter.finish()
+
+    @record  # torchrun's last words are then the traceback of the rank that failed first
+    @checkpoints.schedule_explained()
+    def train() -> bool:
+        """Whether training went to its end; None from `record` when it was left early, with exit code 0."""
+        pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            dataset_provider(args, spec, processor),
+            ModelType.encoder_or_decoder,
+            ForwardStep(cuda_graphs=args.cuda_graphs),
+            store=store,
+        )
+        return True
+
+    if train():
+        exporter.finish()
     torch.distributed.destroy_process_group()
     if args.rank == 0 and args.tensorboard_dir:
         draw_losses(Path(args.tensorboard_dir), Path(args.tensorboard_dir).parent / "loss.png")

@@ -91,7 +91,7 @@ def _receipts(
 ) -> SampleDataset:
     from data.receipts.dataset import build
 
-    return build(args, split, processor, model_inputs)
+    return build(args, split, _given(processor), model_inputs)
 
 
 def _cord_v2(
@@ -99,7 +99,13 @@ def _cord_v2(
 ) -> SampleDataset:
     from data.cord_v2 import build
 
-    return build(args, split, processor, model_inputs)
+    return build(args, split, _given(processor), model_inputs)
+
+
+def _given(processor: ProcessorMixin | None) -> ProcessorMixin:
+    if processor is None:
+        raise ValueError("samples of text and images need a processor: hand over what DatasetProvider.processor gave")
+    return processor
 
 
 DATASET_PROVIDERS: dict[str, DatasetProvider] = {

@@ -448,7 +448,7 @@ def with_tensors(batch: Batch, tensors: dict[str, Tensor]) -> Batch:
 def unflatten(flat: FlatBatch) -> Batch:
     """The batch, as views of the buffer, on its device."""
     header = json.loads(flat.header)
-    values = {
+    values: dict[str, Any] = {
         name: _view(flat.buffer, place) if isinstance(place, list) else place
         for name, place in header["places"].items()
     }
@@ -456,7 +456,8 @@ def unflatten(flat: FlatBatch) -> Batch:
     for name in [name for name in values if name.startswith("vision.")]:
         _, rank, argument = name.split(".", 2)
         vision.setdefault(rank, {})[argument] = values.pop(name)
-    return Batch(**{"vision": tuple(vision.values()) or None, **values}, stats=BatchStats(**header["stats"]))
+    values.setdefault("vision", tuple(vision.values()) or None)
+    return Batch(**values, stats=BatchStats(**header["stats"]))
 
 
 def _view(buffer: Tensor, place: list[Any]) -> Tensor:

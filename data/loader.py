@@ -8,9 +8,11 @@ step read neighbouring blocks of packs, so the global order doesn't depend on ho
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +22,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data import DATASET_PROVIDERS
+from data import DATASET_PROVIDERS, shared_memory
 from data.batch import Batch, CollatePacks, FlatBatch, collate, flatten, unflatten
 from data.conversation import Split
 from data.pack import IndexedPacks, Pack, PackPlan, SampleDataset, Sizes, measure
 from data.static_shapes import StaticShapes, pad_batch
 from models.context_parallel import document_alignment
-from runtime import checkpoints
+from runtime import checkpoints, lifetime
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -112,9 +114,11 @@ class BatchReader(Iterator[Batch]):
         micro_batch_size: packs of a micro-batch.
         global_batch_size: packs of a step, over all ranks.
         workers: processes that load; 0 loads in this one.
+        timeout: seconds that the workers may take for a batch.
 
     Attributes:
         source: where the next micro-batch of the whole data-parallel step starts.
+        micro_batch_size: as given.
     """
 
     def __init__(
@@ -127,14 +131,16 @@ class BatchReader(Iterator[Batch]):
         global_batch_size: int,
         workers: int,
         device: torch.device,
+        timeout: float = 600,
     ) -> None:
         self.source = source
         self._collate = collate_packs
         self._ranks = ranks
-        self._micro_batch_size = micro_batch_size
+        self.micro_batch_size = micro_batch_size
         self._global_batch_size = global_batch_size
         self._workers = workers
         self._device = device
+        self._timeout = timeout
         self._evaluation_iterations: int | None = None
         self._loader: Iterator[FlatBatch] | None = None
 
@@ -158,13 +164,14 @@ class BatchReader(Iterator[Batch]):
         self.source.period = self._evaluation_iterations * batch_size
 
     def __next__(self) -> Batch:
-        flat = None
+        own = None
         if self._ranks.loads:
             if self._loader is None:
                 self._loader = self._start()
-            flat = next(self._loader)
-        flat = broadcast(flat, self._ranks, self._device)
-        self.source.position += self._micro_batch_size * self._ranks.data_size
+            with self._silence_explained():
+                own = next(self._loader)
+        flat = broadcast(own, self._ranks, self._device)
+        self.source.position += self.micro_batch_size * self._ranks.data_size
         return unflatten(flat)
 
     def save_state(self) -> dict[str, Any] | None:
@@ -174,24 +181,46 @@ class BatchReader(Iterator[Batch]):
     def _start(self) -> Iterator[FlatBatch]:
         """Workers are forked at the first batch: they inherit the dataset, and a loader that isn't read costs nothing.
 
-        torch gives each worker one thread.
+        torch gives each worker one thread. A SIGTERM to the job is the rank's alone: it needs them until it has saved.
         """
-        return iter(
-            DataLoader(
-                MicroBatches(
-                    self.source,
-                    self._collate,
-                    self._ranks,
-                    micro_batch_size=self._micro_batch_size,
-                    global_batch_size=self._global_batch_size,
-                ),
-                batch_size=None,
-                num_workers=self._workers,
-                multiprocessing_context="fork" if self._workers else None,
-                pin_memory=self._device.type == "cuda",
-                generator=torch.Generator(),  # the default one's state is the training's, and in its checkpoints
+        with lifetime.shielded():
+            return iter(
+                DataLoader(
+                    MicroBatches(
+                        self.source,
+                        self._collate,
+                        self._ranks,
+                        micro_batch_size=self.micro_batch_size,
+                        global_batch_size=self._global_batch_size,
+                    ),
+                    batch_size=None,
+                    num_workers=self._workers,
+                    prefetch_factor=shared_memory.PREFETCH if self._workers else None,
+                    multiprocessing_context="fork" if self._workers else None,
+                    worker_init_fn=partial(_begin_worker, os.getpid()),
+                    timeout=self._timeout if self._workers else 0,
+                    pin_memory=self._device.type == "cuda",
+                    generator=torch.Generator(),  # the default one's state is the training's, and in its checkpoints
+                )
             )
-        )
+
+    @contextmanager
+    def _silence_explained(self) -> Iterator[None]:
+        """Add to torch's error of workers that give nothing what to look for."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "timed out" in str(error):
+                error.add_note(
+                    f"No batch of {self.source.name} in {self._timeout / 60:g} minutes (--loader-timeout-minutes). Is "
+                    "there an error of a worker above, such as a full /dev/shm (docker run --shm-size)? Does the disk "
+                    "of the data answer? Is a sample very slow to decode?"
+                )
+            raise
+
+
+def _begin_worker(parent: int, _: int) -> None:
+    lifetime.end_with_parent(parent)
 
 
 def broadcast(flat: FlatBatch | None, ranks: Ranks, device: torch.device) -> FlatBatch:
@@ -201,6 +230,7 @@ def broadcast(flat: FlatBatch | None, ranks: Ranks, device: torch.device) -> Fla
         ValueError: the header is longer than HEADER_BYTES: more vision inputs than anybody has.
     """
     if ranks.group.size() == 1:
+        assert flat is not None  # the only rank loads
         return FlatBatch(flat.header, flat.buffer.to(device, non_blocking=True))
     header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
     if flat is not None:
@@ -273,17 +303,19 @@ def dataset_provider(args: Namespace, spec: ModelSpec, processor: ProcessorMixin
             chunks.extend(_share(_build_readers(args, spec, processor), args.virtual_pipeline_model_parallel_size))
         return chunks[vp_stage]
 
-    provide.is_distributed = True
+    vars(provide)["is_distributed"] = True  # Megatron then calls it on every rank
     return provide
 
 
-def _share(readers: Readers, count: int) -> list[Readers]:
+def _share(readers: Iterable[BatchReader | None], count: int) -> list[Readers]:
     """The readers for each of a rank's model chunks."""
-    shared = [SharedReader.split(reader, count) if reader is not None else [None] * count for reader in readers]
-    return list(zip(*shared, strict=True))
+    train, valid, test = ([None] * count if reader is None else SharedReader.split(reader, count) for reader in readers)
+    return list(zip(train, valid, test, strict=True))
 
 
-def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None) -> Readers:
+def _build_readers(
+    args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None
+) -> tuple[BatchReader | None, BatchReader | None, BatchReader | None]:
     from megatron.core import mpu
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -331,6 +363,7 @@ def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin |
             global_batch_size=global_batch_size,
             workers=args.num_workers,
             device=device,
+            timeout=60 * args.loader_timeout_minutes,
         )
 
     train = valid = test = None
@@ -348,6 +381,10 @@ def _build_readers(args: Namespace, spec: ModelSpec, processor: ProcessorMixin |
                 iterations=None if args.full_validation else args.eval_iters, batch_size=args.eval_global_batch_size
             )
         valid.source.position = args.consumed_valid_samples
+    if ranks.loads:
+        _check_shared_memory(
+            [reader for reader in (train, valid, test) if reader is not None], args, model_inputs, with_vision
+        )
     return train, valid, test
 
 
@@ -359,6 +396,24 @@ def _static(
     packs: Sequence[Pack],
 ) -> Batch:
     return pad_batch(collate_packs(packs), shapes, model_inputs, pad_token_id)
+
+
+def _check_shared_memory(
+    readers: list[BatchReader], args: Namespace, model_inputs: ModelInputs, with_vision: bool
+) -> None:
+    """Refuse a run whose loaders would fill /dev/shm and hang."""
+    needs = {
+        reader.source.name: shared_memory.loader_bytes(
+            reader.source.patches_of_packs(),
+            micro_batch_size=reader.micro_batch_size,
+            tokens=args.seq_length,
+            bytes_of_patch=model_inputs.patch_dim * args.params_dtype.itemsize if with_vision else 0,
+            workers=args.num_workers,
+        )
+        for reader in readers
+    }
+    ranks_per_batch = args.tensor_model_parallel_size * args.context_parallel_size
+    shared_memory.check(needs, shared_memory.loaders_here(ranks_per_batch))
 
 
 def _ranks(device: torch.device) -> Ranks:
@@ -380,7 +435,7 @@ def _ranks(device: torch.device) -> Ranks:
 
 def _build_dataset(build: Callable[[], SampleDataset], workers: int) -> tuple[SampleDataset, Sizes]:
     """Build and measure on the first rank, which may write files, then on the others."""
-    result: list[Sizes | None] = [None]
+    result: list[Any] = [None]
     if dist.get_rank() == 0:
         dataset = build()
         result = [measure(dataset, workers=workers)]

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from runtime import lifetime
+
 if TYPE_CHECKING:
     from data.sample import Sample
 
@@ -114,7 +116,8 @@ def measure(dataset: SampleDataset, *, workers: int = 0) -> Sizes:
     workers = min(workers, len(dataset) // 64)  # a fork isn't worth it for less
     if workers > 1:
         # Forked workers inherit the dataset: nothing is pickled or imported again.
-        with multiprocessing.get_context("fork").Pool(workers, _keep_dataset, (dataset,)) as pool:
+        begin = (dataset, os.getpid())
+        with lifetime.shielded(), multiprocessing.get_context("fork").Pool(workers, _begin_measuring, begin) as pool:
             rows = pool.map(_size_in_worker, range(len(dataset)), chunksize=16)
     else:
         rows = [_size(dataset, index) for index in range(len(dataset))]
@@ -135,12 +138,14 @@ def measure(dataset: SampleDataset, *, workers: int = 0) -> Sizes:
 _dataset: SampleDataset | None = None  # the pool's workers read it here
 
 
-def _keep_dataset(dataset: SampleDataset) -> None:
+def _begin_measuring(dataset: SampleDataset, parent: int) -> None:
     global _dataset
+    lifetime.end_with_parent(parent)
     _dataset = dataset
 
 
 def _size_in_worker(index: int) -> SampleSize:
+    assert _dataset is not None  # the pool's initializer sets it
     return _size(_dataset, index)
 
 
@@ -228,6 +233,12 @@ class PackPlan:
     def trained_tokens(self, index: int) -> int:
         """Trained labels of pack `index`."""
         return int(self._sizes.trained[self[index]].sum())
+
+    def patches_of_packs(self) -> np.ndarray:
+        """[packs] int64: patches of each pack of the first epoch."""
+        order, ends = self._epoch(0)
+        totals = np.concatenate([[0], np.cumsum(self._sizes.patches[order], dtype=np.int64)])
+        return np.diff(totals[ends])
 
     def epoch_packs(self, epoch: int = 0) -> int:
         """Number of packs of an epoch."""
@@ -322,6 +333,10 @@ class IndexedPacks:
             self.position += self._stride
             self._taken = 0
         return pack
+
+    def patches_of_packs(self) -> np.ndarray:
+        """[packs] int64: patches of each pack of the first epoch."""
+        return self._plan.patches_of_packs()
 
     @property
     def name(self) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
 
 from data.processor_files import VISION_TOKENS, vocab_size
 from data.receipts.processor import processor_for
-from data.sample import TURN_END, TURN_START
+from data.sample import TURN_END, TURN_START, image_token
+from weights.schema import description_problems
 
 
 def load_processor(args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin:
@@ -38,15 +40,18 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
         ValueError: it can't be read, or lacks an image processor, an image token, turn markers or any token to
             pad with.
     """
+    if Path(path).expanduser().is_dir() and (problems := description_problems(Path(path).expanduser())):
+        raise ValueError(f"{flag} {path}: {'; '.join(problems)}")
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        # Never True, never asked for: None would ask on standard input whether to run the folder's code.
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path}: {error}") from error
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
         raise ValueError(f"{flag} {path}: it has no image processor; give a vision-language model's")
     tokenizer = processor.tokenizer
     vocabulary = tokenizer.get_vocab()
-    for token in (processor.image_token, TURN_START, TURN_END):
+    for token in (image_token(processor)[0], TURN_START, TURN_END):
         if token not in vocabulary:
             raise ValueError(
                 f"{flag} {path}: its tokenizer has no {token} token; give a processor of the Qwen-VL family"
@@ -83,7 +88,7 @@ def check_processor(processor: ProcessorMixin, config: Mapping[str, Any], path: 
 def contradiction(processor: ProcessorMixin, config: Mapping[str, Any]) -> str | None:
     """How a processor's ids or patches differ from a model's `config.json`; None if they don't."""
     for name, token in VISION_TOKENS.items():
-        token = processor.image_token if name == "image_token_id" else token
+        token = image_token(processor)[0] if name == "image_token_id" else token
         found = processor.tokenizer.get_vocab().get(token)
         if name in config and found != config[name]:
             return f"{token} is id {found}, the model's {name} is {config[name]}"

@@ -147,7 +147,7 @@ def build_sample(
         grid_thw=grid_thw,
         id=conversation.id,
     )
-    placeholders = int((sample.input_ids == processor.image_token_id).sum())
+    placeholders = int((sample.input_ids == image_token(processor)[1]).sum())
     features = int(grid_thw.prod(-1).sum()) // image_processor.merge_size**2
     expected = [list(grid) for grid in encoded.grids]
     if placeholders != features or grid_thw.tolist() != expected:
@@ -156,6 +156,12 @@ def build_sample(
             f"(grids {grid_thw.tolist()}, {expected} expected)"
         )
     return sample, encoded.outcome
+
+
+def image_token(processor: ProcessorMixin) -> tuple[str, int]:
+    """The token that stands for one vision feature, and its id."""
+    # Every vision-language processor has them; their base class in transformers doesn't declare them.
+    return processor.image_token, processor.image_token_id  # type: ignore[attr-defined]
 
 
 def encode(conversation: Conversation, processor: ProcessorMixin, options: SampleOptions) -> Encoded:
@@ -280,7 +286,7 @@ def _tokenise(
     messages: list[Message], patches: list[int], processor: ProcessorMixin, sample_id: str
 ) -> tuple[list[int], list[bool]]:
     """Token ids with expanded placeholders, and which of them are trained."""
-    tokenizer, image_token = processor.tokenizer, processor.image_token
+    tokenizer, placeholder = processor.tokenizer, image_token(processor)[0]
     special = _special_ids(processor)
     pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
     try:
@@ -288,7 +294,7 @@ def _tokenise(
     except TemplateError as error:
         raise ValueError(f"{sample_id}: the chat template refuses it: {error}") from error
     pieces = [piece for piece in re.split(f"({pattern})", rendered) if piece]
-    if (found := pieces.count(image_token)) != len(patches):
+    if (found := pieces.count(placeholder)) != len(patches):
         raise ValueError(f"{sample_id}: the chat template places {found} images of {len(patches)}")
 
     texts = [_unescape(piece, special) for piece in pieces if piece not in special]
@@ -301,7 +307,7 @@ def _tokenise(
     trained: list[bool] = []
     in_answer = turn_opens = False
     for piece in pieces:
-        if piece == image_token:
+        if piece == placeholder:
             count = next(token_counts)
             input_ids += [special[piece]] * count
             trained += [False] * count
@@ -330,7 +336,7 @@ def _special_ids(processor: ProcessorMixin) -> dict[str, int]:
     """Tokens that only the template may write, by their text."""
     added = processor.tokenizer.added_tokens_decoder
     special = {token.content: token_id for token_id, token in added.items() if token.special}
-    return special | {processor.image_token: processor.image_token_id}
+    return special | dict([image_token(processor)])
 
 
 def _never_trained(processor: ProcessorMixin) -> set[int]:

@@ -41,7 +41,7 @@ class Throughput:
         previous, self._finished = self._finished, None
         self._running = (stats, time.perf_counter())
         processed = stats.tokens + stats.padding_tokens
-        report = {"padding share": (stats.padding_tokens, processed)}
+        report: dict[str, tuple[float, float]] = {"padding share": (stats.padding_tokens, processed)}
         if self._context_ranks > 1:
             # Over a micro-batch's context-parallel ranks: 1 when all encode as many patches.
             report["patches max/mean"] = (stats.busiest_patches, stats.mean_patches)

@@ -14,25 +14,27 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.conversation import Conversation
+from data.conversation import Conversation, Message
 from data.images import open_image
 from data.processor import contradiction, read_processor
-from data.sample import TURN_END, Sample, SampleOptions, build_sample
+from data.sample import TURN_END, Sample, SampleOptions, build_sample, image_token
 from runtime.checkpoints import TRACKER
-from weights.check import hf_weights_of
+from weights.check import check_folder, hf_weights_of
 from weights.checkpoint import export_checkpoint
-from weights.folder import read_config
+from weights.folder import FolderError, HfFolder, read_config
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel, ProcessorMixin
+
+    from models.spec import ModelInputs
 
 _GPU_KERNELS = ("fla", "causal_conv1d")
 
@@ -44,7 +46,8 @@ def without_gpu_kernels() -> Iterator[None]:
     The files bind whatever kernels they find, and these don't run on a CPU.
     """
     found = {name: sys.modules.get(name) for name in _GPU_KERNELS}
-    sys.modules |= dict.fromkeys(_GPU_KERNELS)  # importing a name that is None there fails
+    for name in _GPU_KERNELS:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing a name that is None there fails
     try:
         yield
     finally:
@@ -88,13 +91,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class HfModel:
-    """A model and its processor.
+    """A model, its processor, and what it computes from token ids and grids.
 
     `model` is a ForConditionalGeneration of the family that config.json names, in evaluation mode.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
+    inputs: ModelInputs
 
     @classmethod
     def load(cls, folder: Path) -> HfModel:
@@ -110,26 +114,35 @@ class HfModel:
         if not has_gpu:
             transformers.logging.set_verbosity_error()  # it would advise to install the GPU's kernels
         transformers.logging.disable_progress_bar()
-        config = read_config(folder)
-        hf_weights_of(config, folder)  # refuses other architectures
+        try:
+            config = read_config(folder)
+            hf_weights = hf_weights_of(config, folder)  # refuses other architectures
+            opened = HfFolder.open(folder)
+            check_folder(hf_weights, opened, config)
+            if damage := list(opened.damage()):
+                raise FolderError(folder, damage)
+        except FolderError as error:
+            raise ValueError(f"--load {error}") from error
         processor = read_processor(str(folder), "--load")
         if problem := contradiction(processor, config):
             raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")
         try:
             with contextlib.nullcontext() if has_gpu else without_gpu_kernels():
-                model, found = transformers.AutoModelForImageTextToText.from_pretrained(
+                loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
                     folder,
                     dtype="auto" if has_gpu else torch.float32,
                     use_safetensors=True,
+                    trust_remote_code=False,
                     local_files_only=True,
                     output_loading_info=True,
                 )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"--load {folder}: transformers can't load it: {error}") from error
+        model, found = loaded
         if missing := sorted(found["missing_keys"]):
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"--load {folder}: {len(missing)} weights are missing: {listed}")
-        return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor)
+        return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor, hf_weights.model_inputs(config))
 
     def question(
         self,
@@ -150,8 +163,9 @@ class HfModel:
             ValueError: an image that can't be read, is too long and thin, or takes more tokens than the model has
                 positions.
         """
-        content = [*({"type": "image", "image": _read_image(path)} for path in images), {"type": "text", "text": text}]
-        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": ""}]
+        content: list[dict[str, Any]] = [{"type": "image", "image": _read_image(path)} for path in images]
+        content.append({"type": "text", "text": text})
+        turns: list[Message] = [{"role": "user", "content": content}, {"role": "assistant", "content": ""}]
         positions = self.model.config.get_text_config().max_position_embeddings
         options = SampleOptions(positions - max_new_tokens, min_pixels, max_pixels)
         sample, outcome = build_sample(Conversation(turns, id="question"), self.processor, options)
@@ -175,7 +189,8 @@ class HfModel:
         tokenizer = self.processor.tokenizer
         stops = {tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id} - {None}
         with torch.inference_mode():
-            generated = self.model.generate(
+            # From GenerationMixin, which PreTrainedModel doesn't name as a base.
+            generated = self.model.generate(  # type: ignore[operator]
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=temperature > 0,
@@ -216,7 +231,7 @@ class HfModel:
             inputs |= {
                 "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
                 "image_grid_thw": torch.cat([sample.grid_thw for sample in samples]),
-                "mm_token_type_ids": (input_ids == self.processor.image_token_id).long(),
+                "mm_token_type_ids": (input_ids == image_token(self.processor)[1]).long(),
             }
         dtype = self.model.dtype
         return {

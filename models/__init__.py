@@ -1,4 +1,4 @@
-"""`MODEL_REGISTRY`: what `--model-arch` looks up. README shows how to add an architecture."""
+"""`MODEL_REGISTRY`: what `--model-arch` looks up. docs/architecture.md shows how to add an architecture."""
 
 from models.qwen35_vl.factory import QWEN35_VL
 from models.spec import BatchShape, ModelInputs, ModelSpec

@@ -161,9 +161,11 @@ class MultimodalModel(MegatronModule):
         input_ids: Tensor,
         position_ids: Tensor,
         vision_index: Tensor,
-        vision: dict[str, Tensor | int],
+        vision: dict[str, Tensor | int] | None,
         feature_rows: int | None,
     ) -> Tensor:
+        if self.vision_model is None or vision is None:
+            raise ValueError("the first pipeline stage needs the vision encoder and the batch's inputs for it")
         features = self.vision_model(**vision)
         if feature_rows is not None:
             features = gather_features(features, feature_rows, self.pg_collection.cp)

@@ -39,11 +39,28 @@ class BatchShape:
 class ModelInputs(Protocol):
     """What a model computes from token ids and grids alone. Called in the loader's workers: no device, picklable."""
 
-    image_token_id: int
-    merge_size: int  # one vision feature stands for merge_size x merge_size patches
-    patch_dim: int  # values per patch row of pixel_values
-    patch_size: int  # a patch's height and width in pixels
-    further_tokens: int  # tokens behind the next one that it is trained to predict (MTP's depths)
+    @property
+    def image_token_id(self) -> int: ...
+
+    @property
+    def merge_size(self) -> int:
+        """One vision feature stands for merge_size x merge_size patches."""
+        ...
+
+    @property
+    def patch_dim(self) -> int:
+        """Values per patch row of pixel_values."""
+        ...
+
+    @property
+    def patch_size(self) -> int:
+        """A patch's height and width in pixels."""
+        ...
+
+    @property
+    def further_tokens(self) -> int:
+        """Tokens behind the next one that the model is trained to predict: MTP's depths."""
+        ...
 
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
         """[L] int64 and [I, 3] int64 of one document -> its [3, L] int64 positions."""
@@ -94,6 +111,7 @@ class HfWeights:
     fsdp_checkpoint_slices: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
     dtype: a tensor's name -> its dtype in released folders, as safetensors spells it.
     vocab_size: a config -> rows of the embedding.
+    model_inputs: a config -> what is computed from token ids and grids, for data that is read without a command line.
     """
 
     model_types: tuple[str, ...]
@@ -104,6 +122,7 @@ class HfWeights:
     fsdp_checkpoint_slices: Callable[[Mapping[str, Any], WeightMap], Mapping[str, list[tuple[CheckpointSlice, ...]]]]
     dtype: Callable[[str], str]
     vocab_size: Callable[[Mapping[str, Any]], int]
+    model_inputs: Callable[[Mapping[str, Any]], ModelInputs]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class WeightMismatch(ValueError):
@@ -31,7 +31,8 @@ class WeightMismatch(ValueError):
 class Sliceable(Protocol):
     """A tensor, or something that reads slices of one from a file."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, index: tuple[slice | int, ...]) -> Tensor: ...
 
@@ -123,8 +124,10 @@ class TensorSlice:
         if index[dim] == slice(None):
             first, last, start = low, high, low
         else:
+            foreign_rows = foreign[dim + stacked]
+            assert isinstance(foreign_rows, slice)  # integers stand before the first `stacked` dimensions alone
             first, last = max(low, index[dim].start), min(high, index[dim].stop)
-            start = foreign[dim + stacked].start + first - index[dim].start
+            start = foreign_rows.start + first - index[dim].start
         if first >= last:
             return None
         index[dim] = slice(first - low, last - low)
@@ -264,18 +267,18 @@ class LocalShard:
         return [tensor_slice for tensor_slice in kept if tensor_slice is not None]
 
 
-def whole(parameter: nn.Parameter) -> LocalShard:
+def whole(parameter: Tensor) -> LocalShard:
     """A parameter that isn't sharded over data-parallel ranks."""
     return LocalShard(tuple(parameter.shape), parameter.detach())
 
 
 def plan(
     mapping: WeightMap,
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    parameters: Iterable[tuple[str, Tensor]],
     rank: Rank,
     problems: list[str],
-    local_shard: Callable[[nn.Parameter], LocalShard] = whole,
-) -> list[tuple[str, nn.Parameter, Tensor, list[TensorSlice]]]:
+    local_shard: Callable[[Tensor], LocalShard] = whole,
+) -> list[tuple[str, Tensor, Tensor, list[TensorSlice]]]:
     """A rank's parameters by canonical name, each with the rows that are here and where they come from.
 
     What doesn't fit is added to `problems`.
@@ -299,10 +302,10 @@ def plan(
 
 def fill(
     mapping: WeightMap,
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    parameters: Iterable[tuple[str, Tensor]],
     rank: Rank,
     state: Mapping[str, Sliceable],
-    local_shard: Callable[[nn.Parameter], LocalShard] = whole,
+    local_shard: Callable[[Tensor], LocalShard] = whole,
 ) -> None:
     """Copy into a rank's parameters the slices that it owns, cast to each parameter's dtype.
 
@@ -324,9 +327,9 @@ def fill(
 
 def shares(
     mapping: WeightMap,
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    parameters: Iterable[tuple[str, Tensor]],
     rank: Rank,
-    value: Callable[[nn.Parameter], Tensor] | None = None,
+    value: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[TensorSlice, Tensor]]:
     """A rank's share of the foreign tensors, parameter by parameter; `value` says what of a parameter is meant, if not
     the parameter itself.

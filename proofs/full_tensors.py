@@ -89,15 +89,15 @@ def gather_share(share: DTensor, shape: torch.Size) -> Tensor:
     """
     local = share.to_local().detach().flatten()
     data_placement, *_ = share.placements
-    if share.device_mesh.mesh_dim_names[0] != "dp_cp":
+    if (share.device_mesh.mesh_dim_names or ("",))[0] != "dp_cp":
         raise NotImplementedError("--num-distributed-optimizer-instances above 1: shares of shares aren't put together")
     if isinstance(data_placement, Replicate):
         return local.view(shape)
     group = share.device_mesh.get_group(0)
     sizes = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(group.size())]
     torch.distributed.all_gather(sizes, torch.tensor([local.numel()], device=local.device), group=group)
-    sizes = [int(size) for size in sizes]  # the host waits: this is for checkpoints and checks, not for training
-    shares = [local.new_empty(size) for size in sizes]
+    # int() lets the host wait: this is for checkpoints and checks, not for training.
+    shares = [local.new_empty(int(size)) for size in sizes]
     torch.distributed.all_gather(shares, local, group=group)
     return torch.cat(shares).view(shape)
 

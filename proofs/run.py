@@ -41,13 +41,14 @@ from data.batch import BatchStats  # noqa: E402
 from data.loader import dataset_provider  # noqa: E402
 from forward_step import ForwardStep  # noqa: E402
 from models import MODEL_REGISTRY  # noqa: E402
+from models.base import MultimodalModel  # noqa: E402
 from models.weight_map import Rank, TensorSlice, assemble, shares  # noqa: E402
 from pretrain_multimodal import model_provider  # noqa: E402
 from proofs.float64 import float64  # noqa: E402
 from proofs.full_tensors import full_gradients, full_parameters  # noqa: E402
 from proofs.layouts import INITIAL, Job  # noqa: E402
 from runtime.model_builder import ProvidedModelConfig, unwrapped  # noqa: E402
-from weights.job import load_hf  # noqa: E402
+from weights.job import hf_weights, load_hf  # noqa: E402
 
 # (HF tensor, region) -> squared norm of the difference there, elements.
 type Differences = dict[tuple[str, str], tuple[float, int]]
@@ -120,7 +121,7 @@ class Watch:
         self._job = job
         spec = MODEL_REGISTRY[args.model_arch]
         self._config = spec.hf_config(args)
-        self._weights = spec.hf_weights
+        self._weights = hf_weights(args)
         self._mapping = self._weights.mapping(self._config, ())
         self._folder = Path(job.reference)
         self._result = Result()
@@ -159,7 +160,9 @@ class Watch:
     def steps(self, train_step: Callable[..., tuple]) -> Callable[..., tuple]:
         """`megatron.training.training.train_step`, watched."""
 
-        def watched(forward_step: Any, data: Any, model: list[nn.Module], optimizer: Any, *rest: Any, **more: Any):
+        def watched(
+            forward_step: Any, data: Any, model: list[nn.Module], optimizer: Any, *rest: Any, **more: Any
+        ) -> tuple:
             if not self._model:
                 self._model = model
                 self._watch_routers()
@@ -185,9 +188,9 @@ class Watch:
         mine.images = [stats.images for stats in first_step]
         mine.router_margin = min((float(margin) for margin in self._margins), default=None)
         mine.peak_bytes = torch.cuda.max_memory_allocated()
-        updates = self._compare(full_parameters, PARAMETERS)
+        own_updates = self._compare(full_parameters, PARAMETERS)
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_ranks, (mine, self._gradient_differences, updates))
+        torch.distributed.all_gather_object(of_ranks, (mine, self._gradient_differences, own_updates))
         if torch.distributed.get_rank():
             return
         results, gradients, updates = zip(*of_ranks, strict=True)
@@ -227,7 +230,7 @@ class Watch:
 
     def _compare(self, full: Callable[[list[nn.Module]], Iterable[tuple[str, Tensor]]], file: str) -> Differences:
         """This rank's regions of the HF tensors against the reference's, which the reference itself writes first."""
-        held = []
+        held: list[tuple[TensorSlice, Tensor]] = []
         for chunk in self._model:
             model, values = unwrapped(chunk), dict(full([chunk]))
             of_parameter = {parameter: values[name] for name, parameter in model.named_parameters()}
@@ -247,7 +250,7 @@ class Watch:
         return differences
 
     def _shares(
-        self, model: nn.Module, value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+        self, model: MultimodalModel, value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
     ) -> Iterator[tuple[TensorSlice, Tensor]]:
         # Values instead of the parameters: under FSDP these have the shape without tensor parallelism.
         values = ((name, value(parameter)) for name, parameter in self._weights.parameters(self._config, model))

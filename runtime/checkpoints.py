@@ -19,15 +19,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Final, Literal
 
+from models.json_files import regular_file_problem
+from runtime.checksums import record_problem
 from runtime.files import write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # a converted checkpoint, which belongs to no iteration
+RELEASE: Final = "release"  # a converted checkpoint, which belongs to no iteration
 DATA = "data"
 # What a checkpoint's last file is, by --ckpt-format.
 LAST_FILES = {"torch_dist": "metadata.json", "fsdp_dtensor": ".metadata"}
+
+# What to do about a checkpoint with another schedule.
+SCHEDULE_FIX = (
+    "--override-opt_param-scheduler (CKPT_OVERRIDE_SCHEDULER=1) takes this command line's, "
+    "--use-checkpoint-opt_param-scheduler the checkpoint's; else give the flags that it was made with "
+    "(--train-iters, --lr, ...)"
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,7 @@ def schedule_explained() -> Iterator[None]:
         yield
     except AssertionError as error:
         if "OptimizerParamScheduler" in str(error):
-            error.add_note(
-                "The checkpoint was made with another schedule. --override-opt_param-scheduler "
-                "(CKPT_OVERRIDE_SCHEDULER=1) takes this command line's, --use-checkpoint-opt_param-scheduler the "
-                "checkpoint's; else give the flags that it was made with (--train-iters, --lr, ...)"
-            )
+            error.add_note(f"The checkpoint was made with another schedule. {SCHEDULE_FIX}")
         raise
 
 
@@ -87,6 +92,8 @@ def choose(load: Path, step: int | None, ckpt_format: str) -> Start:
     tracker = load / TRACKER
     tracked = read_tracker(load)
     if tracked == RELEASE:
+        if lack := _lacks(load / RELEASE, ckpt_format):
+            return Start(problem=f"--load {load}: {tracker} names {RELEASE}, but {lack}")
         return Start(load / RELEASE)
     if tracked in complete:
         newer = (n for n in found if n > tracked)
@@ -100,15 +107,15 @@ def choose(load: Path, step: int | None, ckpt_format: str) -> Start:
         reason = f"{tracker} names {tracked}, but {_lacks(load / folder_name(tracked), ckpt_format)}"
     else:
         reason = f"{tracker} {'is empty or corrupt' if tracker.exists() else 'is missing'}"
-    warnings = [f"{folder} isn't taken: {lack}" for folder in found.values() if (lack := _lacks(folder, ckpt_format))]
+    left = [f"{folder} isn't taken: {lack}" for folder in found.values() if (lack := _lacks(folder, ckpt_format))]
     if not complete:
         if not found and not tracker.exists():
             return Start()
         if tracked is not None or tracker.exists():
             return Start(problem=f"--load {load}: {reason}; no checkpoint in it is complete")
-        return Start(warnings=(*warnings, f"no checkpoint in {load} is complete: training starts anew"))
+        return Start(warnings=(*left, f"no checkpoint in {load} is complete: training starts anew"))
     last = complete[-1]
-    return Start(found[last], step=last, warnings=_starting(found[last], [reason, *warnings]))
+    return Start(found[last], step=last, warnings=_starting(found[last], [reason, *left]))
 
 
 def _starting(folder: Path, warnings: Any) -> tuple[str, ...]:
@@ -121,58 +128,156 @@ def damage(folder: Path, ckpt_format: str) -> str | None:
     """What is wrong with a complete checkpoint's files, naming the file; None: each is there, readable and whole.
 
     `.metadata` is a pickle of torch's own records. It is read without running anything that it names, and one that
-    names anything else is refused, since megatron would run it.
+    names anything else is refused, since megatron would run it. Contents of shards aren't read: `runtime.checksums`.
 
     Args:
         folder: a checkpoint's.
     """
-    if ckpt_format not in LAST_FILES or any(folder.glob("mp_rank_*")):
+    if ckpt_format not in LAST_FILES or _is_legacy(folder):
         return None
+    path = folder / ".metadata"
+    if not (folder / "metadata.json").exists() and any(folder.glob("mp_rank_*")):
+        return f"{folder} has mp_rank_ folders beside .metadata: megatron would take it for its old format; remove them"
+    if problem := regular_file_problem(path):
+        return f"{path}: {problem}"
     try:
-        with open(folder / ".metadata", "rb") as file:
-            metadata = _IndexWithoutTorch(file).load()
+        with open(path, "rb") as file:
+            metadata = read_index(file, _IndexWithoutTorch)
         ends: dict[str, int] = defaultdict(int)
         for record in metadata.storage_data.values():
             ends[record.relative_path] = max(ends[record.relative_path], record.offset + record.length)
+        without_place = _without_place(metadata)
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     except Exception as error:  # an unpickler raises anything at all on bytes that aren't a pickle
-        return f"{folder / '.metadata'} can't be read: {error}"
+        return f"{path} can't be read: {error}"
+    if without_place:
+        return f"{path} doesn't say where {without_place[0]} is ({len(without_place)} such)"
     for name, end in sorted(ends.items()):
-        path = folder / name
-        if path.parent != folder:
-            return f"{folder / '.metadata'} names a file outside the checkpoint: {name}"
+        shard = folder / name
+        if problem := regular_file_problem(shard):
+            return f"{shard}: {problem}"
         try:
-            with open(path, "rb") as file:
+            with open(shard, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            return f"{path}: {error.strerror}"
+            return f"{shard}: {error.strerror}"
         if size != end:
-            return f"{path} has {size} bytes of {end}"
+            return f"{shard} has {size} bytes of {end}"
     return None
 
 
-def problem(load: Path, step: int | None, ckpt_format: str) -> str | None:
-    """Why `--load` can't be started from, with the fix; None: it can, or there is nothing to start from."""
+def deep_damage(folder: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint's files, every byte of its shards included; a line for each problem."""
+    ckpt_format = "torch_dist" if (folder / LAST_FILES["torch_dist"]).exists() else "fsdp_dtensor"
+    if problem := _lacks(folder, ckpt_format):
+        yield f"{folder}: {problem}"
+        return
+    if _is_legacy(folder):
+        yield f"{folder}: is in megatron's old format, which has no checksums"
+        return
+    if problem := damage(folder, ckpt_format):
+        yield problem
+        return
+    with open(folder / ".metadata", "rb") as file:
+        metadata = read_index(file, _IndexWithoutTorch)
+    # The same record under several names counts once.
+    records = {(record.relative_path, record.offset, record.length) for record in metadata.storage_data.values()}
+    names = defaultdict(list)
+    for index, record in metadata.storage_data.items():
+        names[record.relative_path, record.offset].append(index.fqn)
+    for name, offset, length in sorted(records):
+        with open(folder / name, "rb") as file:
+            if problem := record_problem(file, offset, length):
+                yield f"{folder / name}: {names[name, offset][0]}, at byte {offset:,}, is damaged: {problem}"
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """A folder's checkpoints, whole or not, the converted one included; or the folder itself if it is one."""
+    if (folder / ".metadata").exists():
+        return [folder]
+    release = [folder / RELEASE] if (folder / RELEASE).is_dir() else []
+    return release + [path for _, path in _iterations(folder)]
+
+
+def read_index(file: IO[bytes], unpickler: type[IndexUnpickler] | None = None) -> Any:
+    """A `.metadata`, from an open file, as `torch.distributed.checkpoint.metadata.Metadata`; runs nothing.
+
+    Args:
+        unpickler: `_IndexWithoutTorch` gives records that look like it without importing torch.
+
+    Raises:
+        pickle.UnpicklingError: it names anything but an index's own records, or a file outside its folder; other
+            exceptions for bytes that aren't a pickle.
+    """
+    metadata = (unpickler or IndexUnpickler)(file).load()
+    for record in metadata.storage_data.values():
+        name = record.relative_path
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise pickle.UnpicklingError(f"it names a file outside the checkpoint: {name}")
+    return metadata
+
+
+def _without_place(metadata: Any) -> list[str]:
+    """Tensors and objects of an index that no shard is said to hold; torch would end in `KeyError: MetadataIndex`."""
+    # An index of an object has no offset at all.
+    places = {(index.fqn, getattr(index, "offset", None)) for index in metadata.storage_data}
+    wanted = (
+        (key, offset)
+        for key, entry in metadata.state_dict_metadata.items()
+        for offset in ([chunk.offsets for chunk in entry.chunks] if hasattr(entry, "chunks") else [None])
+    )
+    return [key for key, offset in wanted if (key, offset) not in places]
+
+
+def problem(
+    load: Path, step: int | None, ckpt_format: str, flag: str = "--load", *, required: bool = False
+) -> str | None:
+    """Why a folder of checkpoints can't be started from, with the fix; None: it can, or there is nothing to start from.
+
+    Args:
+        flag: what names the folder, for the message.
+        required: nothing to start from is a problem too.
+    """
     start = choose(load, step, ckpt_format)
-    if start.problem is not None or start.folder is None:
-        return start.problem
-    if start.folder.name == RELEASE or (fault := damage(start.folder, ckpt_format)) is None:
+    if start.problem is not None:
+        return start.problem.replace("--load", flag, 1)
+    if start.folder is None:
+        hint = elsewhere(load)
+        return f"{flag} {load}: {_nothing(load, flag)}{hint}" if required or hint else None
+    if (fault := damage(start.folder, ckpt_format)) is None:
         return None
-    others = [
-        n
-        for n, folder in _iterations(load)
-        if folder != start.folder and _lacks(folder, ckpt_format) is None and damage(folder, ckpt_format) is None
-    ]
-    return f"--load {load}: {fault}: the checkpoint is damaged; {_there_is(others)}"
+    others = _sound(load, ckpt_format, start.folder)
+    return f"{flag} {load}: {fault}: the checkpoint is damaged; {_there_is(others)}"
 
 
-def read_tracker(folder: Path) -> int | str | None:
+def elsewhere(load: Path) -> str:
+    """Where the checkpoints are that a folder without any was probably meant to name; empty if nowhere near."""
+    if re.fullmatch(r"iter_[0-9]+", load.name) and (load / ".metadata").exists():
+        return f"; it is one checkpoint: give {load.parent} and --ckpt-step {int(load.name[5:])}"
+    inside = load / "checkpoints"
+    return f"; did you mean {inside}?" if (inside / TRACKER).exists() or any(_iterations(inside)) else ""
+
+
+def other_steps(folder: Path, ckpt_format: str, flag: str = "--ckpt-step") -> str:
+    """Which checkpoints beside this one can be taken instead, and by which flag, for a message about a damaged one."""
+    return _there_is(_sound(folder.parent, ckpt_format, folder), flag)
+
+
+def _sound(load: Path, ckpt_format: str, but: Path) -> list[int]:
+    return [n for n, folder in _iterations(load) if folder != but and _is_whole(folder, ckpt_format)]
+
+
+def _nothing(load: Path, flag: str) -> str:
+    return ("no checkpoint in it" if load.is_dir() else "no such folder") + (" (CKPT_LOAD)" if flag == "--load" else "")
+
+
+def read_tracker(folder: Path) -> int | Literal["release"] | None:
     """The iteration that a folder's tracker names, or RELEASE; None: there is none, or it names nothing."""
-    try:
-        text = (folder / TRACKER).read_text(errors="replace").strip()
-    except FileNotFoundError:
+    if regular_file_problem(folder / TRACKER) is not None:
         return None
+    with open(folder / TRACKER, errors="replace") as file:
+        text = file.read(100).strip()
     return RELEASE if text == RELEASE else int(text) if re.fullmatch(r"[0-9]+", text) else None
 
 
@@ -222,6 +327,26 @@ def keep_last(save: Path, count: int, ckpt_format: str) -> list[int]:
     return gone
 
 
+def names(folder: Path) -> list[str]:
+    """Everything in a folder that is a checkpoint, whole or not, the oldest first."""
+    found = [RELEASE] if (folder / RELEASE).is_dir() else []
+    return found + [path.name for _, path in _iterations(folder)]
+
+
+def delete_all(save: Path) -> list[str]:
+    """Delete every checkpoint of a folder, first what makes one count.
+
+    Returns:
+        Their names.
+    """
+    gone = names(save)
+    _write_tracker(save, None)
+    for iteration, _ in list(_iterations(save)):
+        _delete(save, iteration)
+    shutil.rmtree(save / RELEASE, ignore_errors=True)
+    return gone
+
+
 def folder_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
@@ -236,22 +361,30 @@ def _lacks(folder: Path, ckpt_format: str) -> str | None:
     """Which of its last files a checkpoint lacks; None: it was written to the end."""
     if not folder.is_dir():
         return f"{folder} is missing"
-    if any(folder.glob("mp_rank_*")):  # megatron's old format, which has no such file
+    if _is_legacy(folder):
         return None
     for name in dict.fromkeys((".metadata", LAST_FILES[ckpt_format])):
         if not (folder / name).is_file():
+            if folder.name == RELEASE:
+                return f"it has no {name}, which a {ckpt_format} checkpoint has (--ckpt-format)"
             return f"it has no {name}: the run ended while saving it"
     return None
+
+
+def _is_legacy(folder: Path) -> bool:
+    """Whether a checkpoint is in megatron's old format, which has no such files."""
+    has_index = (folder / ".metadata").exists() or (folder / "metadata.json").exists()
+    return not has_index and any(folder.glob("mp_rank_*"))
 
 
 def _is_whole(folder: Path, ckpt_format: str) -> bool:
     return ckpt_format in LAST_FILES and _lacks(folder, ckpt_format) is None and damage(folder, ckpt_format) is None
 
 
-def _there_is(complete: list[int]) -> str:
+def _there_is(complete: list[int], flag: str = "--ckpt-step") -> str:
     if not complete:
         return "no other checkpoint in it is complete"
-    return f"complete are {', '.join(map(str, complete))}: --ckpt-step {complete[-1]} takes the last"
+    return f"complete are {', '.join(map(str, complete))}: {flag} {complete[-1]} takes the last"
 
 
 def _delete(save: Path, iteration: int) -> None:
@@ -312,7 +445,9 @@ class IndexUnpickler(pickle.Unpickler):
 
 
 class _IndexWithoutTorch(IndexUnpickler):
-    """The same with a `_Record` in the place of everything that is torch's."""
+    """The same with a `_Record` in the place of everything that is torch's, and tuples for sizes."""
 
     def found(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch", "Size"):
+            return tuple
         return _Record if module.startswith("torch") else super().found(module, name)

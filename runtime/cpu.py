@@ -217,7 +217,7 @@ def _coalesced_by_dtype(original: Function) -> Function:
     @contextmanager
     @functools.wraps(original)
     def manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
-        key = group or torch.distributed.group.WORLD
+        key = group or torch.distributed.distributed_c10d._get_default_group()
         others: list[list[Any]] = []
         with original(group, device, async_ops) as works:
             yield works

@@ -54,13 +54,16 @@ _SWITCHES = (
     "--init-model-with-meta-device",
     "--exit-on-missing-checkpoint",
     "--async-save",
+    "--finetune",
 )
 _TEXTS: dict[str, str | None] = {
     "--linear-attention-freq": None,
     "--pipeline-model-parallel-layout": None,
     "--ckpt-format": "torch_dist",
     "--load": None,
+    "--pretrained-checkpoint": None,
     "--save": None,
+    "--tensorboard-dir": None,
     "--wandb-project": None,
 }
 
@@ -86,8 +89,8 @@ def add_megatron_flags(parser: ArgumentParser) -> None:
         parser.add_argument(flag, type=int, default=default)
     for flag in _SWITCHES:
         parser.add_argument(flag, action="store_true")
-    for flag, default in _TEXTS.items():
-        parser.add_argument(flag, default=default)
+    for flag, text in _TEXTS.items():
+        parser.add_argument(flag, default=text)
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--init-method-std", type=float, default=0.02)
     parser.add_argument("--norm-epsilon", dest="layernorm_epsilon", type=float, default=1e-5)

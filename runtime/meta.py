@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 
-def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+def build_on_meta[Model: nn.Module](build: Callable[[], Model]) -> Model:
     """Call `build`; its parameters are meta tensors, its buffers hold their values on the current device."""
     with meta_device():
         model = build()

@@ -54,6 +54,6 @@ class ProvidedModelBuilder(ModelBuilder):
         return compose_hooks(config.post_wrap_hooks)(stages)
 
 
-def unwrapped(chunk: nn.Module) -> nn.Module:
+def unwrapped(chunk: nn.Module) -> MultimodalModel:
     """The model in its wrappers. megatron-core's `unwrap_model` stops before the last one of Megatron-FSDP's two."""
     return unwrap_model(chunk.module.module if isinstance(chunk, FullyShardedDataParallel) else chunk)

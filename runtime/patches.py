@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from runtime import parameter_groups
+
 KNOWN_VERSION = (0, 19, 2)
 
 
@@ -391,6 +393,28 @@ def fsdp_starts_from_loaded_weights() -> None:
     DistributedOptimizer._copy_model_params_to_main_params = copy
 
 
+def first_loss_counts_once() -> None:
+    """0.19.2, training/training.py:2608 (`training_log`): the second iteration's printed line has means of two.
+
+    The first iteration after every start is printed at once, besides the regular ones of `--log-interval`, and so its
+    sums are kept for the next line. With `--log-interval 1`, and whenever it is a regular one, it is then in two
+    lines. TensorBoard's values are right. The loop calls the function by name.
+    """
+    from megatron.training import training
+    from megatron.training.global_vars import get_args
+
+    original = training.training_log
+
+    @functools.wraps(original)
+    def training_log(
+        loss_dict: Any, total: Any, rate: Any, iteration: int, *args: Any, is_first_iteration: bool = False, **kw: Any
+    ) -> Any:
+        extra = is_first_iteration and iteration % get_args().log_interval != 0
+        return original(loss_dict, total, rate, iteration, *args, is_first_iteration=extra, **kw)
+
+    training.training_log = training_log
+
+
 PATCHES: tuple[Callable[[], None], ...] = (
     dataset_helpers_come_compiled,
     gated_delta_net_takes_other_kernels,
@@ -405,4 +429,6 @@ PATCHES: tuple[Callable[[], None], ...] = (
     optimizer_saves_buckets_in_place,
     optimizer_crosses_expert_layouts,
     fsdp_starts_from_loaded_weights,
+    parameter_groups.optimizer_resumes_at_other_rates,
+    first_loss_counts_once,
 )

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from math import lcm
 from pathlib import Path
 
-from runtime import checkpoints
+from runtime import checkpoints, launch_environment, output_folder
 from runtime.machine import Machine
 from runtime.megatron_flags import MAY_BE_ZERO, NUMBERS, REQUIRED, known_flags
 
@@ -36,6 +36,9 @@ UNSUPPORTED = {
     "--defer-embedding-wgrad-compute": "the output layer and its loss are one operation",
     "--use-mup": "the output layer's logits aren't scaled",
 }
+
+# Megatron's own choices (training/config/training_config.py).
+CKPT_FORMATS = ("torch_dist", "fsdp_dtensor", "torch", "torch_dcp")
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -84,6 +87,8 @@ def refusals(args: Namespace, command_line: list[str], machine: Machine, world_s
         *_pipeline(args),
         *_checkpoint(args),
         *_cuda_graphs(args, command_line, machine),
+        *output_folder.problems(args),
+        *launch_environment.problems(world_size),
         *_processor(args),
     ]
 
@@ -358,6 +363,8 @@ def _pipeline(args: Namespace) -> list[str]:
 
 
 def _checkpoint(args: Namespace) -> list[str]:
+    if args.ckpt_format not in CKPT_FORMATS:
+        return [f"{unknown_name('--ckpt-format', args.ckpt_format, CKPT_FORMATS)} (CKPT_FORMAT)"]
     problems = []
     if args.use_megatron_fsdp != (args.ckpt_format == "fsdp_dtensor"):
         wanted = "fsdp_dtensor" if args.use_megatron_fsdp else "torch_dist"
@@ -372,17 +379,28 @@ def _checkpoint(args: Namespace) -> list[str]:
         )
     if args.use_megatron_fsdp and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         problems.append("--use-megatron-fsdp: unset the environment's CUDA_DEVICE_MAX_CONNECTIONS=1")
-    if args.load and args.exit_on_missing_checkpoint and not Path(args.load).exists():
-        problems.append(f"--load {args.load}: no such folder (CKPT_LOAD)")
     # One rank's look into the files is enough: all of them stop with it.
-    if args.load and os.environ.get("RANK", "0") == "0":
-        problem = checkpoints.problem(Path(args.load), args.ckpt_step, args.ckpt_format)
-        problems += [problem] if problem else []
+    if os.environ.get("RANK", "0") == "0":
+        problems += _start(args)
     if args.keep_last is not None and args.keep_last < 1:
         problems.append(f"--keep-last {args.keep_last}: has to be at least 1 (KEEP_LAST)")
     if args.keep_last is not None and args.save_retain_interval is not None:
         problems.append("--keep-last with --save-retain-interval: both delete checkpoints; give one")
     return problems
+
+
+def _start(args: Namespace) -> list[str]:
+    """Refusals of the checkpoint that the run starts from: what isn't there, isn't whole or names code."""
+    found = []
+    load, pretrained, step = args.load, args.pretrained_checkpoint, args.ckpt_step
+    if load:
+        required = args.exit_on_missing_checkpoint and not pretrained
+        found.append(checkpoints.problem(Path(load), step, args.ckpt_format, "--load", required=required))
+    # Megatron takes it where --load has no checkpoint.
+    if pretrained and (not load or checkpoints.choose(Path(load), step, args.ckpt_format).folder is None):
+        folder = Path(pretrained)
+        found.append(checkpoints.problem(folder, step, args.ckpt_format, "--pretrained-checkpoint", required=True))
+    return [problem for problem in found if problem is not None]
 
 
 def _processor(args: Namespace) -> list[str]:

@@ -1,26 +1,30 @@
 """Saving checkpoints so that each is valid or invisible, and says why when it fails; and reading them as data.
 
-megatron-core 0.19.2 saves from the middle of its training loop, which takes no callback, so `install()` puts three
-functions of this file around Megatron's own:
+megatron-core 0.19.2 saves from the middle of its training loop, which takes no callback, so `install()` puts four
+functions of this file around Megatron's own, or in their place:
 
-    save_checkpoint       removes another checkpoint of the same iteration first, deletes old ones afterwards
-    schedule_async_save   the same for `--async-save`, once the checkpoint is complete
-    write_preloaded_data  names the file and the operating system's reason when a shard can't be written
+    save_checkpoint          removes another checkpoint of the same iteration first, deletes old ones afterwards
+    schedule_async_save      the same for `--async-save`, once the checkpoint is complete, in a process that ends with
+                             this one
+    write_preloaded_data     names the file and the operating system's reason when a shard can't be written
+    get_write_results_queue  its process ends with this one, and not by a SIGTERM to the job
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runtime import checkpoints
+from runtime import checkpoints, lifetime
 
 Function = Callable[..., Any]
 
@@ -72,20 +76,24 @@ class CheckpointSaver:
             _delete_old()  # the tracker names the new checkpoint by now
 
         request.finalize_fns[:] = [finalize_all]
-        self._schedule(request)
+        if request.async_fn is not None:
+            request = request._replace(async_fn=partial(lifetime.call_in_child, os.getpid(), request.async_fn))
+        with lifetime.shielded():
+            self._schedule(request)
 
 
 @functools.cache
 def install() -> None:
     """Put a `CheckpointSaver` in the place of Megatron's functions; calling it again changes nothing."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import checkpointing, training
 
     saver = CheckpointSaver(checkpointing.save_checkpoint, checkpointing.schedule_async_save)
     checkpointing.save_checkpoint = training.save_checkpoint = saver.save
     checkpointing.schedule_async_save = saver.schedule
-    writer: Any = FileSystemWriterAsync
-    writer.write_preloaded_data = staticmethod(_naming_the_file(FileSystemWriterAsync.write_preloaded_data))
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    writer.write_preloaded_data = staticmethod(_naming_the_file(writer.write_preloaded_data))
+    filesystem_async.get_write_results_queue = lifetime.write_results_queue
 
 
 def _is_first_rank() -> bool:

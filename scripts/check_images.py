@@ -21,6 +21,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from data.dataset import ConversationDataset
+    from data.sample import Sample
+    from models.spec import ModelInputs
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_RISE = 0.10
@@ -53,6 +62,7 @@ def evaluate(checkpoint: Path) -> None:
 
     import arguments
     from data import DATASET_PROVIDERS
+    from data.dataset import ConversationDataset
     from models import MODEL_REGISTRY
     from runtime import prepare
 
@@ -74,17 +84,18 @@ def evaluate(checkpoint: Path) -> None:
     load_checkpoint(model, None, None)
     model = model[0].eval()
     test = DATASET_PROVIDERS["receipts"]
-    processor = test.processor(args, spec.hf_config(args))
     inputs = spec.model_inputs(args)
-    dataset = test.build(args, "test", processor, inputs)
+    dataset = test.build(args, "test", test.processor(args, spec.hf_config(args)), inputs)
+    assert isinstance(dataset, ConversationDataset)
+    pad_token_id = dataset.processor.tokenizer.pad_token_id
     losses = {
-        name: value_loss(model, held_out(dataset, moved), inputs, processor.tokenizer.pad_token_id, args.params_dtype)
+        name: value_loss(model, held_out(dataset, moved), inputs, pad_token_id, args.params_dtype)
         for name, moved in (("right", False), ("wrong", True))
     }
     print(json.dumps({"receipts": len(dataset), **losses}))
 
 
-def held_out(dataset, moved: bool) -> Iterator:
+def held_out(dataset: ConversationDataset, moved: bool) -> Iterator[Sample]:
     """The dataset's samples with only their values trained; `moved` gives each the image of another receipt."""
     from data.sample import Outcome, build_sample, value_mask
 
@@ -99,12 +110,14 @@ def held_out(dataset, moved: bool) -> Iterator:
             image = dataset.conversations[donor[index]].messages[0]["content"][:1]
             conversation = replace(conversation, messages=[{**question, "content": image + text}, answer])
         sample, outcome = build_sample(conversation, dataset.processor, dataset.options)
-        if outcome is not Outcome.WHOLE:
+        if sample is None or outcome is not Outcome.WHOLE:
             raise ValueError(f"{conversation.id}: {outcome}; raise SEQ_LEN")
         yield replace(sample, trained=value_mask(sample, conversation, dataset.processor))
 
 
-def value_loss(model, samples: Iterator, inputs, pad_token_id: int, dtype) -> float:
+def value_loss(
+    model: nn.Module, samples: Iterator[Sample], inputs: ModelInputs, pad_token_id: int, dtype: torch.dtype
+) -> float:
     """Mean loss over all trained tokens."""
     import itertools
 

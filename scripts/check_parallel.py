@@ -184,8 +184,8 @@ def main() -> None:
     tolerance = args.tolerance or TOLERANCES[args.dtype]
     if wrong := [name for name, result in results.items() if not result["worst_gradient"][0] <= tolerance]:
         for name in wrong:
-            error, tensor = results[name]["worst_gradient"]
-            print(f"{name}: the gradient of {tensor} is off by {error:.1e}, more than {tolerance:.0e}", file=sys.stderr)
+            gap, tensor = results[name]["worst_gradient"]
+            print(f"{name}: the gradient of {tensor} is off by {gap:.1e}, more than {tolerance:.0e}", file=sys.stderr)
             margin = results[name]["router_margin"]
             if margin is not None and margin < NEAR_TIES.get(args.dtype, 0):
                 print(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from runtime import quiet_libraries
 
 if TYPE_CHECKING:
+    from data.conversation import Split
     from data.dataset import ConversationDataset
     from data.sample import Sample
     from evaluation.fields import FieldScore, Scores
@@ -79,7 +80,7 @@ def main() -> None:
     print(table(scores))
 
 
-def open_dataset(args: Namespace, split: str, model: HfModel) -> ConversationDataset:
+def open_dataset(args: Namespace, split: Split, model: HfModel) -> ConversationDataset:
     """A split with the model's own processor.
 
     Raises:
@@ -93,7 +94,7 @@ def open_dataset(args: Namespace, split: str, model: HfModel) -> ConversationDat
         known = ", ".join(name for name, found in DATASET_PROVIDERS.items() if found.needs_processor)
         raise ValueError(f"--dataset-provider {args.dataset_provider}: has no answers to match; expected {known}")
     options = Namespace(**vars(args), params_dtype=model.model.dtype)
-    dataset = provider.build(options, split, model.processor, None)
+    dataset = provider.build(options, split, model.processor, model.inputs)
     if not isinstance(dataset, ConversationDataset):
         raise ValueError(f"--dataset-provider {args.dataset_provider}: its samples aren't conversations")
     return dataset
@@ -107,13 +108,15 @@ def encode(dataset: ConversationDataset, count: int | None) -> tuple[list[Sample
     """
     from data.sample import Outcome, build_sample, message_text
 
-    samples, answers, left_out = [], [], []
+    samples: list[Sample] = []
+    answers: list[str] = []
+    left_out: list[str] = []
     for index in range(min(count or len(dataset), len(dataset))):
         conversation = dataset.conversations[index]
         if conversation.messages[-1]["role"] != "assistant":
             raise ValueError(f"{conversation.id}: doesn't end with an answer, so there is nothing to match")
         sample, outcome = build_sample(conversation, dataset.processor, dataset.options)
-        if outcome is not Outcome.WHOLE:
+        if sample is None or outcome is not Outcome.WHOLE:
             left_out.append(conversation.id)
             continue
         samples.append(sample)

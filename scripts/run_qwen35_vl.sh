@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train Qwen3.5-VL:  [NAME=value ...] bash scripts/run_qwen35_vl.sh [flags of pretrain_multimodal.py, which win]
-# Every NAME that it reads is in the table of README.md; the architecture's numbers are in MODEL_VARIANT's Python table.
+# Every NAME that it reads is in the table of docs/launcher.md; the architecture's numbers are in MODEL_VARIANT's Python table.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/env.sh"
@@ -23,7 +23,8 @@ switches DRY_RUN
 case $LAUNCHER in
     torchrun)
         world=$((GPUS_PER_NODE * NNODES))
-        launch=(torchrun --nproc-per-node "$GPUS_PER_NODE")
+        ((NODE_RANK < NNODES)) || die "NODE_RANK=$NODE_RANK: expected a number below NNODES=$NNODES"
+        launch=(python "$root/scripts/agent.py" --nproc-per-node "$GPUS_PER_NODE") # torchrun, with time to save
         if ((NNODES > 1)); then
             launch+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-port "${MASTER_PORT:-6000}"
                 --master-addr "${MASTER_ADDR:?has to name the first of the nodes}")
@@ -136,7 +137,7 @@ threads=$((gpus > 0 || $(nproc) < GPUS_PER_NODE ? 1 : $(nproc) / GPUS_PER_NODE))
 environment+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}" TOKENIZERS_PARALLELISM=false
     "PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}")
 
-"${environment[@]}" WORLD_SIZE="$world" python "$root/arguments.py" "${flags[@]}" "$@"
+"${environment[@]}" WORLD_SIZE="$world" RANK="${RANK:-$NODE_RANK}" python "$root/arguments.py" "${flags[@]}" "$@"
 [[ " $* " =~ " "(-h|--help)" " ]] && exit # it has been shown
 command=("${profiler[@]}" "${environment[@]}" "${launch[@]}" "$root/pretrain_multimodal.py" "${flags[@]}" "$@")
 if ((DRY_RUN)); then
@@ -145,4 +146,4 @@ if ((DRY_RUN)); then
     exit
 fi
 mkdir -p "$OUTPUT_DIR"
-exec "${command[@]}" > >(tee -ia "$OUTPUT_DIR/log-$NODE_RANK.txt") 2>&1
+exec "${command[@]}" > >(trap '' TERM; exec tee -ia "$OUTPUT_DIR/log-$NODE_RANK.txt") 2>&1 # Slurm signals tee as well

@@ -10,6 +10,9 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --time=04:00:00
+# Ten minutes before the end, and when the job is preempted or cancelled, the ranks save and end: as long as the largest
+# checkpoint takes, and an iteration more. A partition's GraceTime limits it at preemption.
+#SBATCH --signal=TERM@600
 #SBATCH --output=slurm-%j.txt
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the repository}"

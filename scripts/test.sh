@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run the tests:  bash scripts/test.sh [--all] [pytest arguments]
+# Run the tests:  bash scripts/test.sh [--fast | --all] [pytest arguments]
+#   --fast  without those that train, start ranks or build a huge model (marker "heavy"): under two minutes on two cores
 #   --all   also the slow proofs (marker "slow")
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,7 +9,11 @@ source scripts/env.sh
 arguments=()
 for argument in "$@"; do
     # The last -m wins over the "not slow" of pyproject.toml.
-    if [ "$argument" = --all ]; then arguments+=(-m "slow or not slow"); else arguments+=("$argument"); fi
+    case $argument in
+        --fast) arguments+=(-m "not slow and not heavy") ;;
+        --all) arguments+=(-m "slow or not slow") ;;
+        *) arguments+=("$argument") ;;
+    esac
 done
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 # no test touches a hub
 exec python -m pytest "${arguments[@]}"

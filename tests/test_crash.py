@@ -13,6 +13,8 @@ import pytest
 from runtime import checkpoints
 from tests.training_server import Job, Result, Step, TrainingServer, read_steps
 
+pytestmark = pytest.mark.heavy
+
 ITERATIONS = 6
 FLAGS = ("--model-variant", "tiny", "--train-iters", str(ITERATIONS), "--save-interval", "1")
 

@@ -113,7 +113,7 @@ def test_another_architecture(tmp_path: Path) -> None:
 
 
 def test_where_to_save(folder: Path, tmp_path: Path) -> None:
-    assert f"--save-hf {folder}: there is a model already" in refused("--save-hf", str(folder))
+    assert f"--save-hf {folder}: it is there already and has a model in it" in refused("--save-hf", str(folder))
     assert "--save-hf-interval 5: needs --save-hf DIR" in refused("--save-hf-interval", "5")
     assert "--save-hf-interval 0: " in refused("--save-hf", str(tmp_path), "--save-hf-interval", "0")
     assert "--max-shard-size 'many' isn't a size" in refused("--max-shard-size", "many")

@@ -13,9 +13,12 @@ import pytest
 
 import arguments
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from runtime.checkpoints import TRACKER
+from tests.small_checkpoint import write
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/run_qwen35_vl.sh"
+AGENT = str(ROOT / "scripts/agent.py")
 FAKE_DRIVER = "int cuInit(unsigned f) { return 0; } int cuDeviceGetCount(int *n) { *n = 2; return 0; }"
 
 SLOW_TO_BUILD = ("35b_a3b", "122b_a10b", "397b_a17b")  # 10,000 experts and more, each a module
@@ -82,7 +85,7 @@ def test_every_variant_builds(variant: str, single_rank: None, monkeypatch: pyte
 
 def test_defaults_without_a_gpu() -> None:
     start, flags = command_of(launch())
-    assert start[start.index("torchrun") :] == ["torchrun", "--nproc-per-node", "1", "--standalone"]
+    assert start[start.index("python") :] == ["python", AGENT, "--nproc-per-node", "1", "--standalone"]
     assert f"OMP_NUM_THREADS={os.cpu_count()}" in start and "CUDA_DEVICE_MAX_CONNECTIONS=1" in start
     assert value(flags, "--model-variant") == "tiny" and value(flags, "--dataset-provider") == "receipts"
     assert value(flags, "--train-iters") == "200" and value(flags, "--save").startswith("./outputs/")
@@ -96,7 +99,7 @@ def test_defaults_with_gpus(tmp_path: Path) -> None:
     library = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
     subprocess.run(library, check=True)
     start, flags = command_of(launch("--allow-slow-kernels", library_path=tmp_path))
-    assert start[start.index("torchrun") + 1 : start.index("torchrun") + 3] == ["--nproc-per-node", "2"]
+    assert start[start.index(AGENT) + 1 : start.index(AGENT) + 3] == ["--nproc-per-node", "2"]
     assert value(flags, "--model-variant") == "proxy" and "--bf16" in flags
     assert value(flags, "--ckpt-format") == "fsdp_dtensor" and "--use-megatron-fsdp" in flags
     assert value(flags, "--data-parallel-sharding-strategy") == "optim_grads_params"
@@ -107,6 +110,7 @@ def test_defaults_with_gpus(tmp_path: Path) -> None:
 
 
 # variables, the flags that they become (in order)
+SAVED = "A FOLDER OF CHECKPOINTS"  # the fixture's stands in its place
 SETTINGS = {
     "layout": (
         {"GPUS_PER_NODE": "4", "TP": "2", "CP": "2"},
@@ -135,13 +139,13 @@ SETTINGS = {
     ),
     "tokenizer": ({"TOKENIZER_MODEL": "Qwen/Qwen3.5-9B"}, "--hf-processor-path Qwen/Qwen3.5-9B"),
     "fine-tuning": (
-        {"CKPT_LOAD": str(ROOT), "CKPT_FORMAT": "torch_dist"},
-        f"--lr 1e-5 --min-lr 1e-6 --ckpt-format torch_dist --exit-on-missing-checkpoint --load {ROOT} --finetune "
+        {"CKPT_LOAD": SAVED, "CKPT_FORMAT": "torch_dist"},
+        f"--lr 1e-5 --min-lr 1e-6 --ckpt-format torch_dist --exit-on-missing-checkpoint --load {SAVED} --finetune "
         "--no-load-optim --no-load-rng",
     ),
     "resuming": (
-        {"CKPT_LOAD": str(ROOT), "CKPT_RESUME": "1", "CKPT_OVERRIDE_SCHEDULER": "1"},
-        f"--lr 1e-3 --load {ROOT} --exit-on-missing-checkpoint --override-opt-param-scheduler",
+        {"CKPT_LOAD": SAVED, "CKPT_RESUME": "1", "CKPT_OVERRIDE_SCHEDULER": "1"},
+        f"--lr 1e-3 --load {SAVED} --exit-on-missing-checkpoint --override-opt-param-scheduler",
     ),
     "resuming its own": ({"CKPT_RESUME": "1", "OUTPUT_DIR": "/tmp/run"}, "--load /tmp/run/checkpoints"),
     "profile": (
@@ -153,18 +157,26 @@ SETTINGS = {
         "--save '/tmp/a run/checkpoints' --save-interval 7 --tensorboard-dir '/tmp/a run/tensorboard'",
     ),
     "names": (
-        {"ROOT_DIR": "/data/runs/", "EXP_NAME": "first", "TENSORBOARD_LOGS_PATH": "/data/events"},
-        "--save /data/runs/first/checkpoints --tensorboard-dir /data/events",
+        {"ROOT_DIR": "/tmp/runs/", "EXP_NAME": "first", "TENSORBOARD_LOGS_PATH": "/tmp/events"},
+        "--save /tmp/runs/first/checkpoints --tensorboard-dir /tmp/events",
     ),
 }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("saved")
+    write(folder, 2)
+    (folder / TRACKER).write_text("2")
+    return str(folder)
+
+
 @pytest.mark.parametrize("case", SETTINGS)
-def test_settings_become_flags(case: str) -> None:
+def test_settings_become_flags(case: str, saved: str) -> None:
     variables, expected = SETTINGS[case]
-    _, flags = command_of(launch(**variables))
+    _, flags = command_of(launch(**{name: value.replace(SAVED, saved) for name, value in variables.items()}))
     rest = iter(flags)
-    for word in shlex.split(expected):
+    for word in shlex.split(expected.replace(SAVED, saved)):
         assert word in rest, f"{word} is missing, or not where it was expected"
 
 
@@ -187,7 +199,7 @@ def test_global_batch_follows_the_ranks() -> None:
 def test_several_nodes() -> None:
     start, _ = command_of(launch(NNODES="2", NODE_RANK="1", MASTER_ADDR="first", GPUS_PER_NODE="4"))
     assert shlex.join(start).endswith(
-        "torchrun --nproc-per-node 4 --nnodes 2 --node-rank 1 --master-port 6000 --master-addr first"
+        f"python {AGENT} --nproc-per-node 4 --nnodes 2 --node-rank 1 --master-port 6000 --master-addr first"
     )
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "MASTER_PORT": "7000", "MASTER_ADDR": "first"}
     start, _ = command_of(launch(**slurm))
@@ -213,6 +225,23 @@ REFUSED = {
     "layout": ({"TP": "2", "GPUS_PER_NODE": "3"}, "--tensor-model-parallel-size 2"),
     "variant": ({"MODEL_VARIANT": "tinny"}, "did you mean tiny?"),
     "checkpoint": ({"CKPT_LOAD": "/nowhere"}, "--load /nowhere"),
+    "folder without a checkpoint": ({"CKPT_LOAD": str(ROOT)}, f"--load {ROOT}: no checkpoint in it (CKPT_LOAD)"),
+    "port": ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc: expected a number from 1 to 65535"),
+    "port's range": ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: expected a number from 1 to 65535"),
+    "node": (
+        {"NODE_RANK": "5", "NNODES": "2", "MASTER_ADDR": "first"},
+        "NODE_RANK=5: expected a number below NNODES=2",
+    ),
+    "node alone": ({"NODE_RANK": "1"}, "NODE_RANK=1: expected a number below NNODES=1"),
+    "rank": ({"LAUNCHER": "python", "RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: expected a number from 0 to 1"),
+    "local rank": ({"LAUNCHER": "python", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK=x: expected a number"),
+    "threads": ({"OMP_NUM_THREADS": "abc"}, "OMP_NUM_THREADS=abc: expected a number from 1 on"),
+    "no threads": ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS=0: expected a number from 1 on"),
+    "format": ({"CKPT_FORMAT": "torch_dst"}, "--ckpt-format torch_dst: no such name; did you mean torch_dist?"),
+    "output": ({"OUTPUT_DIR": f"{SCRIPT}/run"}, f"--save {SCRIPT}/run/checkpoints: {SCRIPT} is a file"),
+    "read-only output": ({"OUTPUT_DIR": "/proc/run"}, "--save /proc/run/checkpoints: /proc can't be written"),
+    "events": ({"TENSORBOARD_LOGS_PATH": str(SCRIPT)}, f"--tensorboard-dir {SCRIPT}: {SCRIPT} is a file"),
+    "time to save": ({"SAVE_SECONDS": "1e3"}, "SAVE_SECONDS=1e3: expected a number from 1 on"),
 }
 
 
@@ -229,8 +258,8 @@ def test_help_starts_nothing() -> None:
     assert run.returncode == 0 and "--dataset-provider" in run.stdout and "torchrun" not in run.stdout
 
 
-def test_fine_tuning_says_its_learning_rate() -> None:
-    assert "--lr 1e-5" in launch(CKPT_LOAD=str(ROOT)).stderr
+def test_fine_tuning_says_its_learning_rate(saved: str) -> None:
+    assert "--lr 1e-5" in launch(CKPT_LOAD=saved).stderr
 
 
 def test_dry_run_leaves_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.training_server import Result, Step, TrainingServer
+from tests.training_server import Job, Result, Step, TrainingServer
+
+pytestmark = pytest.mark.heavy
 
 # The first loss in another layout: sums are rounded in another order. Measured: 4.8e-7 of 7.
 LOSS_TOLERANCE = 1e-6
@@ -153,6 +157,49 @@ def test_another_layout_starts_from_the_same_state(
 )
 def test_layouts_exchange_checkpoints(server: TrainingServer, tmp_path: Path, source: str, target: str) -> None:
     check_crossing(server, tmp_path, source, target)
+
+
+def rates(result: Result) -> list[str]:
+    """The learning rates of the log's lines, of the last rank."""
+    return re.findall(r"learning rate: (\S+)", result.log(result.job.ranks - 1))
+
+
+OTHER_RATES = ("--lr", "5e-4", "--min-lr", "5e-5")
+OVERRIDE = "--override-opt_param-scheduler"
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("one_moe", "ep2"), *(pytest.param(n, n, marks=pytest.mark.slow) for n in ("ep2", "bf16", "tp2_sp", "vpp2_tied"))],
+)
+def test_another_learning_rate(server: TrainingServer, tmp_path: Path, source: str, target: str) -> None:
+    """README's recipe: from the checkpoint on, the rates are those of a run that always had the new ones."""
+    saved, layout = tmp_path / "checkpoints", LAYOUTS[target]
+    train(server, tmp_path / "old", LAYOUTS[source], 4, "--save", str(saved), "--save-interval", "2")
+    load = ("--load", str(saved), "--ckpt-step", "2")
+    resumed = train(server, tmp_path / "new", layout, 4, *load, *OTHER_RATES, OVERRIDE)
+    # Warm-up of 2, cosine over 40 from 5e-4 to 5e-5: of the iterations 3 and 4.
+    expected = [5e-5 + (5e-4 - 5e-5) * (1 + math.cos(math.pi * n / 38)) / 2 for n in (1, 2)]
+    assert [float(rate) for rate in rates(resumed)] == pytest.approx(expected, rel=1e-6)  # printed to 7 digits
+    again = train(server, tmp_path / "kept", layout, 4, *load, *OTHER_RATES, "--use-checkpoint-opt_param-scheduler")
+    old = [1e-4 + (1e-3 - 1e-4) * (1 + math.cos(math.pi * n / 38)) / 2 for n in (1, 2)]
+    assert [float(rate) for rate in rates(again)] == pytest.approx(old, rel=1e-6)
+
+
+@pytest.mark.parametrize("rate", [("--lr", "5e-4"), pytest.param(("--min-lr", "5e-5"), marks=pytest.mark.slow)])
+def test_another_learning_rate_needs_a_switch(server: TrainingServer, tmp_path: Path, rate: tuple[str, str]) -> None:
+    flags = ("--model-variant", "tiny", "--train-iters", "2", "--save", str(tmp_path / "checkpoints"))
+    server.train(tmp_path / "old", *flags, "--exit-interval", "1")
+    refused = server.run(Job(str(tmp_path / "new"), (*flags, "--load", str(tmp_path / "checkpoints"), *rate)))
+    assert refused.codes == [1]
+    assert "was made at other learning rates (max_lr 0.001, min_lr 0.0001)" in refused.log()
+    assert "CKPT_OVERRIDE_SCHEDULER=1" in refused.log()
+
+
+def test_every_line_of_the_log_has_its_own_loss(server: TrainingServer, tmp_path: Path) -> None:
+    result = train(server, tmp_path, LAYOUTS["one"], 3)
+    printed = [float(loss) for loss in re.findall(r"lm loss: (\S+)", result.log())]
+    assert printed == pytest.approx([float.fromhex(step.losses["lm loss"]) for step in result.steps()], rel=1e-6)
 
 
 def test_finetuning_starts_anew(server: TrainingServer, folder: Path) -> None:

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from models import MODEL_REGISTRY, BatchShape, ModelSpec
+
+pytestmark = pytest.mark.heavy
 
 VOCABULARY = 256
 

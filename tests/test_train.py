@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[1]
 FLAGS = [
     *("--model-variant", "tiny_moe", "--dataset-provider", "mock", "--image-size", "64", "--image-seq-length", "4"),

@@ -32,7 +32,7 @@ def run(folder: Path, runs: list[list[str]], ranks: int = 1, *, fsdp: bool = Fal
     job.write_text(json.dumps(runs))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if fsdp else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
-    command = [sys.executable, "-W", "ignore", *launcher, __file__, str(job)]
+    command = [sys.executable, *launcher, __file__, str(job)]
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout

@@ -51,6 +51,8 @@ class Job:
         flags: of pretrain_multimodal.py, besides FLAGS.
         ranks: processes.
         kill_after: SIGKILL all of them this many seconds after the first step has begun; None: never.
+        terminate_after: SIGTERM to all of them and their children, as torchrun and Slurm send it, this many seconds
+            after the first step has begun; None: never.
         kill_at: SIGKILL all of them just before rank 0 changes the file system under `--save` for the n-th time.
         file_bytes: no file may become longer (RLIMIT_FSIZE): writing fails there as on a full disk.
         timeout: seconds until all ranks are killed and the job counts as hanging.
@@ -60,6 +62,7 @@ class Job:
     flags: tuple[str, ...]
     ranks: int = 1
     kill_after: float | None = None
+    terminate_after: float | None = None
     kill_at: int | None = None
     file_bytes: int | None = None
     timeout: float = 240.0
@@ -105,7 +108,7 @@ class TrainingServer:
     def __init__(self) -> None:
         settings = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
+            [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -173,7 +176,7 @@ def _run(job: Job) -> list[int | None]:
         pids.append(pid)
     codes: dict[int, int] = {}
     deadline = time.monotonic() + job.timeout
-    kill_time = None
+    kill_time = terminate_time = None
     killed = False
     while len(codes) < len(pids):
         pid, status = os.waitpid(-group, os.WNOHANG)
@@ -185,6 +188,11 @@ def _run(job: Job) -> list[int | None]:
         if job.kill_after is not None and kill_time is None and started.exists():
             kill_time = time.monotonic() + job.kill_after
         now = time.monotonic()
+        if job.terminate_after is not None and terminate_time is None and started.exists():
+            terminate_time = now + job.terminate_after
+        if terminate_time is not None and now > terminate_time:
+            os.killpg(group, signal.SIGTERM)
+            terminate_time = float("inf")
         if now > deadline or (kill_time is not None and now > kill_time):
             killed = kill_time is not None and now > kill_time
             os.killpg(group, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from models import MODEL_REGISTRY
 from models.spec import HfWeights
 from models.weight_map import WeightMap
 from weights.folder import FolderError, HfFolder, TensorInfo
+from weights.schema import description_problems
 
 # What is fetched of a hub repository: to check a command line, and to train.
 DESCRIPTION = ("*.json", "*.txt", "*.jinja")
@@ -40,36 +40,27 @@ def check_folder(spec: HfWeights, folder: HfFolder, config: Mapping[str, Any]) -
     """The mapping of a folder's tensors to the model that `config` describes, which all of them fit.
 
     Raises:
-        FolderError: tensors missing, unknown or misshapen, a tokenizer that the embedding hasn't the rows for; lists
-            everything.
+        FolderError: tensors missing, unknown or misshapen, a tokenizer that the embedding hasn't the rows for, small
+            files that can't be used; lists everything.
     """
-    mapping = spec.mapping(config, folder.shapes)
+    mapping = mapping_of(spec, config, folder.shapes, folder.path)
     problems = mapping.check(folder.shapes)
-    rows = spec.vocab_size(config)
-    highest = highest_token_id(folder.path)
-    if highest is not None and highest >= rows:
-        problems.append(f"tokenizer.json has ids up to {highest}, and the vocabulary has {rows} rows")
+    problems += description_problems(folder.path, spec.vocab_size(config))
     if problems:
         raise FolderError(folder.path, problems)
     return mapping
 
 
-def highest_token_id(path: Path) -> int | None:
-    """The largest id of `path/tokenizer.json`; None if there is none.
+def mapping_of(spec: HfWeights, config: Mapping[str, Any], names: Iterable[str], path: Path) -> WeightMap:
+    """The mapping of the tensors `names` to the model that `config`, of the folder `path`, describes.
 
     Raises:
-        FolderError: it isn't the JSON that the tokenizers library writes.
+        FolderError: the config's values can't be used.
     """
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        return None
     try:
-        tokenizer = json.loads(file.read_text())
-        vocabulary = tokenizer["model"]["vocab"]
-        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-        return max([*ids, *(token["id"] for token in tokenizer["added_tokens"])])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FolderError(path, [f"tokenizer.json can't be read: {error!r}"]) from error
+        return spec.mapping(config, names)
+    except ValueError as error:
+        raise FolderError(path, [str(error)]) from error
 
 
 def tensor_infos(spec: HfWeights, mapping: WeightMap, record: Mapping[str, str]) -> dict[str, TensorInfo]:

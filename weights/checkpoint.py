@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_checkpoint
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
@@ -48,9 +48,11 @@ from torch.futures import Future
 
 from models.spec import HfWeights
 from models.weight_map import CheckpointSlice, Source, TensorSlice, WeightMap, WeightMismatch, tensor_slices
-from runtime.checkpoints import RELEASE, TRACKER, IndexUnpickler
-from weights.check import check_folder, hf_weights_of, tensor_infos
+from runtime.checkpoints import RELEASE, TRACKER, damage, elsewhere, folder_name, other_steps, read_index, read_tracker
+from runtime.loading import CheckedReader
+from weights.check import check_folder, hf_weights_of, mapping_of, tensor_infos
 from weights.folder import (
+    FolderError,
     FolderTensors,
     HfFolder,
     new_folder,
@@ -60,6 +62,7 @@ from weights.folder import (
     write_tensors,
 )
 from weights.origin import HfOrigin, write_hf_folder
+from weights.schema import description_problems
 
 # What load_checkpoint() reads of a release besides tensors.
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"singleton_local_shards": False}}
@@ -102,7 +105,9 @@ def export_checkpoint(
     config = read_config(hf)
     spec = hf_weights_of(config, hf)
     origin = HfOrigin.of_checkpoint(hf)
-    mapping = spec.mapping(config, origin.record)
+    mapping = mapping_of(spec, config, origin.record, hf)
+    if problems := description_problems(hf, spec.vocab_size(config)):
+        raise FolderError(hf, problems)
     infos = tensor_infos(spec, mapping, origin.record)
     tensors = CheckpointTensors(folder)
     slices, synonyms = _checkpoint_slices(spec, config, mapping, tensors)
@@ -168,23 +173,23 @@ def find_checkpoint(path: Path, iteration: int | None = None) -> tuple[Path, Pat
     """(folder of one iteration, `hf/` folder) of what `--save` or `--load` names.
 
     Raises:
-        CheckpointError: nothing there, or an unknown format.
+        CheckpointError: nothing there, an unknown format, or files that are missing, damaged or elsewhere.
     """
     path = path.expanduser()
     if (path / ".metadata").is_file():
         folder, root = path, path.parent
     else:
         root = path
-        if iteration is None:
-            try:
-                latest = (root / TRACKER).read_text().strip()
-            except OSError as error:
-                raise CheckpointError(f"{root}: no checkpoint ({TRACKER}: {error.strerror})") from error
-        else:
-            latest = str(iteration)
-        folder = root / (latest if latest == RELEASE else f"iter_{latest:0>7}")
-    if not (folder / ".metadata").is_file():
+        latest = read_tracker(root) if iteration is None else iteration
+        if latest is None:
+            what = "is empty or corrupt" if (root / TRACKER).exists() else "is missing"
+            raise CheckpointError(f"{root}: no checkpoint ({TRACKER} {what}){elsewhere(root)}")
+        folder = root / (RELEASE if latest == RELEASE else folder_name(latest))
+    if not (folder / ".metadata").exists():
         raise CheckpointError(f"{folder}: no complete checkpoint, since it has no .metadata")
+    ckpt_format = "torch_dist" if (folder / "metadata.json").exists() else "fsdp_dtensor"
+    if fault := damage(folder, ckpt_format):
+        raise CheckpointError(f"{fault}: the checkpoint is damaged; {other_steps(folder, ckpt_format, '--iteration')}")
     if not (root / "hf").is_dir():
         raise CheckpointError(f"{root}: has no hf/ folder, in which this harness keeps config.json and the processor")
     return folder, root / "hf"
@@ -199,10 +204,10 @@ class CheckpointTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._reader = FileSystemReader(folder)
+        self._reader = CheckedReader(folder)
         try:
             with (folder / ".metadata").open("rb") as file:
-                metadata = IndexUnpickler(file).load()
+                metadata = read_index(file)
         except Exception as error:  # whatever unpickling a damaged file raises
             raise CheckpointError(f"{folder / '.metadata'}: {error}") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -262,10 +267,10 @@ class _RegionPlanner(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing to do: it was filled in place."""
 
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+    def _unplanned(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("reads are planned by CheckpointTensors.read")
 
-    create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner
+    set_up_planner = create_local_plan = create_global_plan = finish_plan = load_bytes = _unplanned
 
 
 def slice_shape(source: Source, stored: CheckpointSlice) -> tuple[int, ...]:
@@ -291,7 +296,7 @@ def _check_keys(
     Raises:
         WeightMismatch: listing what isn't so.
     """
-    known = {}
+    known: dict[str, tuple[int, ...]] = {}
     for name, of_parameter in slices.items():
         known |= {stored.key: key_shape(mapping.sources[name], stored) for stored in of_parameter}
     problems = [f"{key}: not in the checkpoint" for key in known if key not in tensors.metadata]
@@ -362,8 +367,9 @@ class ImportPlanner(SavePlanner):
     aliases: key -> further names of the same bytes, for readers with another backend.
     """
 
+    tensors: FolderTensors
+
     def __init__(self, spec: HfWeights, folder: HfFolder, mapping: WeightMap, ckpt_format: str) -> None:
-        self.tensors: FolderTensors | None = None
         self._items: list[WriteItem] = []
         self._values: dict[tuple[str, torch.Size | None], Callable[[], Tensor | io.BytesIO]] = {}
         self.aliases: dict[str, list[str]] = {}

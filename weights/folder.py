@@ -21,6 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from models.json_files import JsonError, read_object, regular_file_problem
+from weights.checksums import (
+    CHECKSUMS,
+    CheckedFile,
+    checksums_of,
+    elements_between,
+    read_checksums,
+    write_checksums,
+)
+from weights.schema import index_problems
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -51,6 +62,7 @@ class HfFolder:
     config: its config.json.
     files: tensor name -> the file that holds it.
     shapes, dtypes: of every tensor; dtypes as safetensors spells them.
+    checksums: of every tensor, where the folder has them (`weights.checksums`); else empty.
     """
 
     path: Path
@@ -58,6 +70,7 @@ class HfFolder:
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    checksums: dict[str, list[str]]
 
     @classmethod
     def open(cls, path: Path | str) -> HfFolder:
@@ -93,11 +106,25 @@ class HfFolder:
                 files[name], shapes[name], dtypes[name] = path / file, shape, dtype
         if problems:
             raise FolderError(path, problems)
-        return cls(path, config, files, shapes, dtypes)
+        sizes = {name: prod(shape) * ITEM_SIZES[dtypes[name]] for name, shape in shapes.items()}
+        checksums, problems = read_checksums(path, sizes)
+        if problems:
+            raise FolderError(path, problems)
+        return cls(path, config, files, shapes, dtypes, checksums)
 
     @cached_property
     def bytes(self) -> int:
         return sum(prod(shape) * ITEM_SIZES[self.dtypes[name]] for name, shape in self.shapes.items())
+
+    def damage(self) -> Iterator[str]:
+        """What differs from the folder's checksums, tensor by tensor; reads everything, or nothing if it has none."""
+        opened: dict[Path, CheckedFile] = {}
+        for name, checksums in self.checksums.items():
+            file = self.files[name]
+            if file not in opened:
+                opened[file] = CheckedFile(file)
+            if problem := opened[file].problem(name, checksums):
+                yield problem
 
     def sidecar_files(self) -> list[Path]:
         """Tokenizer, processor and whatever small files lie beside the weights and config.json; no code, no pickles."""
@@ -112,20 +139,17 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise FolderError(path, ["no such folder"])
+    if not (path / "config.json").exists():
+        raise FolderError(path, ["it has no config.json; give a HuggingFace model folder"])
     try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise FolderError(path, ["it has no config.json; give a HuggingFace model folder"]) from None
-    except (OSError, ValueError) as error:
-        raise FolderError(path, [f"config.json: {error}"]) from error
-    if not isinstance(config, dict):
-        raise FolderError(path, ["config.json isn't a JSON object"])
-    return config
+        return read_object(path / "config.json")
+    except JsonError as error:
+        raise FolderError(path, [f"config.json: {error.reason}"]) from error
 
 
 def sidecar_files(path: Path) -> list[Path]:
     """See `HfFolder.sidecar_files`."""
-    left_out = {"config.json", RECORD, INDEX}
+    left_out = {"config.json", RECORD, INDEX, CHECKSUMS}
     return sorted(
         file
         for file in path.iterdir()
@@ -142,26 +166,38 @@ def has_weights(path: Path) -> bool:
     return path.is_dir() and any(path.glob("*.safetensors"))
 
 
+def occupied(target: Path) -> str | None:
+    """Why `new_folder` can't make a folder there; None: there is nothing, or an empty folder."""
+    if has_weights(target):
+        return "it is there already and has a model in it"
+    if target.is_dir():
+        first = next((path.name for path in target.iterdir()), None)
+        return None if first is None else f"it is there already and has other files in it, {first} for one"
+    return "it is there already and isn't a folder" if target.exists() else None
+
+
 def has_processor(path: Path) -> bool:
     return any((path / name).is_file() for name in PROCESSOR_FILES)
 
 
 def _listed_files(path: Path) -> dict[str, set[str] | None]:
     """Shards, each with the tensors that the index places there (None without an index)."""
-    if (path / INDEX).is_file():
+    if (path / INDEX).exists():
         try:
-            weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-            entries = dict(weight_map.items())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FolderError(path, [f"{INDEX} has no weight_map that can be read: {error!r}"]) from error
-        problems, listed = [], {}
-        for name, file in entries.items():
-            listed.setdefault(file if isinstance(file, str) else repr(file), set()).add(name)
+            index = read_object(path / INDEX)
+        except JsonError as error:
+            raise FolderError(path, [f"{INDEX}: {error.reason}"]) from error
+        if wrong := index_problems(index):
+            raise FolderError(path, [f"{INDEX}: {problem}" for problem in wrong])
+        problems: list[str] = []
+        listed: dict[str, set[str]] = {}
+        for name, file in index["weight_map"].items():
+            listed.setdefault(file, set()).add(name)
         for file in listed:
             # A plain name of this folder: an index must not reach other files of the machine.
             if file in ("", ".", "..") or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
                 problems.append(f"{INDEX} names {file!r}, which isn't a safetensors file of this folder")
-            elif not (path / file).is_file():
+            elif not (path / file).exists():
                 problems.append(f"{INDEX} names {file}, which is missing")
         if problems:
             raise FolderError(path, problems)
@@ -185,6 +221,8 @@ def _listed_files(path: Path) -> dict[str, set[str] | None]:
 
 def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every tensor of a file; safetensors checks offsets, shapes and the file's length."""
+    if problem := regular_file_problem(file):
+        raise FolderError(file.parent, [f"{file.name}: {problem}"])
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
@@ -212,6 +250,7 @@ class FolderTensors(Mapping[str, "FolderTensor"]):
         self.not_finite: set[str] = set()
         self.unequal: set[tuple[str, str]] = set()
         self._opened: dict[Path, Any] = {}
+        self._checked: dict[Path, CheckedFile] = {}
 
     def __len__(self) -> int:
         return len(self.folder.shapes)
@@ -243,12 +282,25 @@ class FolderTensors(Mapping[str, "FolderTensor"]):
 
     def _slice(self, name: str, index: tuple[slice | int, ...]) -> Tensor:
         file = self.folder.files[name]
+        self._compare(name, file, index)
         if file not in self._opened:
             try:
                 self._opened[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise FolderError(self.folder.path, [f"{file.name}: {error}"]) from error
         return self._opened[file].get_slice(name)[index]
+
+    def _compare(self, name: str, file: Path, index: tuple[slice | int, ...]) -> None:
+        """Compare the bytes of a slice with their checksums, where the folder has them."""
+        if not self.folder.checksums:
+            return
+        if file not in self._checked:
+            self._checked[file] = CheckedFile(file)
+        size = ITEM_SIZES[self.folder.dtypes[name]]
+        first, last = elements_between(index, self.folder.shapes[name])
+        problem = self._checked[file].problem(name, self.folder.checksums[name], first * size, last * size)
+        if problem is not None:
+            raise FolderError(self.folder.path, [problem])
 
 
 @dataclass(frozen=True)
@@ -339,8 +391,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         FolderError: `target` is there already, and not empty.
     """
     target = target.absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FolderError(target, ["it is there already; give a new folder"])
+    if there := occupied(target):
+        raise FolderError(target, [f"{there}; give a new folder"])
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -355,7 +407,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 def write_tensors(
     folder: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int, *, title: str, quiet: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Write safetensors shards, a tensor at a time.
+    """Write safetensors shards, a tensor at a time, and their checksums.
 
     Args:
         folder: there already.
@@ -368,6 +420,7 @@ def write_tensors(
     Raises:
         FolderError: the disk hasn't the room.
     """
+    import torch
     from tqdm import tqdm
 
     shards = _shards(tensors, max_shard_size)
@@ -379,11 +432,14 @@ def write_tensors(
         files = [SINGLE]
     else:
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    checksums: dict[str, list[str]] = {}
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=quiet, mininterval=1) as progress:
         for file, names in zip(files, shards, strict=True):
             for name, tensor in _write_shard(folder / file, {name: tensors[name] for name in names}):
                 yield name, tensor
+                checksums[name] = checksums_of(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
                 progress.update(tensor.nbytes)
+    write_checksums(folder, checksums)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": {name: weight_map[name] for name in tensors}}

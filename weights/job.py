@@ -47,6 +47,18 @@ def starts_from_hf(args: Namespace) -> bool:
     return args.load_hf is not None and not checkpoint_exists(args.load)
 
 
+def hf_weights(args: Namespace) -> HfWeights:
+    """The table of the run's architecture.
+
+    Raises:
+        ValueError: it has none; the preflight refuses the flags that need one.
+    """
+    spec = MODEL_REGISTRY[args.model_arch].hf_weights
+    if spec is None:
+        raise ValueError(f"--model-arch {args.model_arch}: there is no table of its HuggingFace weights")
+    return spec
+
+
 def load_hf(args: Namespace, chunks: list[nn.Module]) -> list[nn.Module]:
     """Fill the wrapped model from `--load-hf`, unless a checkpoint is to be loaded; a hook after wrapping.
 
@@ -59,8 +71,7 @@ def load_hf(args: Namespace, chunks: list[nn.Module]) -> list[nn.Module]:
         if args.rank == 0:
             print(f"--load-hf {args.load_hf}: not read, since --load {args.load} has a checkpoint to go on from")
         return chunks
-    model_spec = MODEL_REGISTRY[args.model_arch]
-    spec, config = model_spec.hf_weights, model_spec.hf_config(args)
+    spec, config = hf_weights(args), MODEL_REGISTRY[args.model_arch].hf_config(args)
     folder = HfFolder.open(args.load_hf)
     mapping = check_folder(spec, folder, config)
     if args.rank == 0:
@@ -127,7 +138,7 @@ def check_values(not_finite: set[str], unequal: set[tuple[str, str]], allow_nonf
         raise WeightMismatch(problems)
 
 
-def shard_of(chunk: nn.Module) -> Callable[[nn.Parameter], LocalShard]:
+def shard_of(chunk: nn.Module) -> Callable[[Tensor], LocalShard]:
     """What this rank holds of a parameter: under Megatron-FSDP some rows, of the fp32 copy where there is one."""
     sharded = {
         id(parameter): distributed
@@ -136,7 +147,7 @@ def shard_of(chunk: nn.Module) -> Callable[[nn.Parameter], LocalShard]:
         for parameter in (distributed, distributed.orig_param)
     }
 
-    def local_shard(parameter: nn.Parameter) -> LocalShard:
+    def local_shard(parameter: Tensor) -> LocalShard:
         distributed = sharded.get(id(parameter))
         if distributed is None or not isinstance(distributed.data, DTensor):
             return whole(parameter)
@@ -223,8 +234,7 @@ def save_hf(
         FolderError: on rank 0: the target is there, the disk is full.
         WeightMismatch: parameters without source, or tensors that the ranks don't cover.
     """
-    model_spec = MODEL_REGISTRY[args.model_arch]
-    spec, config = model_spec.hf_weights, model_spec.hf_config(args)
+    spec, config = hf_weights(args), MODEL_REGISTRY[args.model_arch].hf_config(args)
     mapping = spec.mapping(config, record)
     infos = tensor_infos(spec, mapping, record)
     own: dict[str, list[tuple[Region, Tensor]]] = {}
@@ -237,8 +247,8 @@ def save_hf(
     if args.rank != 0:
         for name in write_order(infos, size):
             if name in own:
-                values = [values.reshape(-1) for _, values in own[name]]
-                dist.send(torch.cat(values).to(torch_dtype(infos[name].dtype)), dst=0)
+                flat = [values.reshape(-1) for _, values in own[name]]
+                dist.send(torch.cat(flat).to(torch_dtype(infos[name].dtype)), dst=0)
         return
     with new_folder(target) as folder:
         for name, tensor in write_tensors(folder, infos, size, title=f"writing {target}"):
@@ -263,7 +273,7 @@ def save_hf(
 
 def _owned(
     mapping: WeightMap,
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    parameters: Iterable[tuple[str, Tensor]],
     model: MultimodalModel,
     chunk: nn.Module,
 ) -> Iterator[tuple[TensorSlice, Tensor]]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.json_files import JsonError, read_json, read_object
 from runtime.files import write_text
-from weights.folder import RECORD, HfFolder, read_config, sidecar_files
+from weights.folder import ITEM_SIZES, RECORD, FolderError, HfFolder, read_config, sidecar_files
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -44,9 +45,23 @@ class HfOrigin:
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> HfOrigin:
-        """From a checkpoint's `hf/` folder."""
-        record = folder / RECORD
-        return cls(folder, json.loads(record.read_text()) if record.is_file() else {})
+        """From a checkpoint's `hf/` folder.
+
+        Raises:
+            FolderError: its record of dtypes can't be read.
+        """
+        if not (folder / RECORD).exists():
+            return cls(folder)
+        try:
+            record = read_object(folder / RECORD)
+        except JsonError as error:
+            raise FolderError(folder, [f"{RECORD}: {error.reason}"]) from error
+        strange = [name for name, dtype in record.items() if not isinstance(dtype, str) or dtype not in ITEM_SIZES]
+        if strange:
+            raise FolderError(
+                folder, [f"{RECORD}: {name} has no dtype of {', '.join(ITEM_SIZES)}" for name in strange[:3]]
+            )
+        return cls(folder, record)
 
 
 def write_hf_folder(
@@ -65,7 +80,7 @@ def write_hf_folder(
     if origin.folder is not None:
         config = _merged(read_config(origin.folder), config)
     path = folder / "config.json"
-    if path.exists() and json.loads(path.read_text()) != config:
+    if path.exists() and read_json(path) != config:
         raise ValueError(
             f"{path} describes another model than this run's arguments; give --save a folder of its own, "
             "or the arguments that the checkpoint was made with"

@@ -9,6 +9,7 @@ repeating_symbol and dontcare. So `cord_v2` reads these folders too.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import multiprocessing
@@ -35,6 +36,7 @@ from data.receipts import values as receipt_values
 from data.receipts.drawing import draw
 from data.receipts.values import ask, draw_receipt
 from data.sample import SampleOptions
+from runtime import lifetime
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -137,7 +139,7 @@ def generator_version() -> str:
     """Changes with the code that draws receipts and with Pillow, whose fonts they are printed in."""
     digest = hashlib.sha256(PIL.__version__.encode())
     for module in (receipt_values, receipt_drawing):
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(Path(inspect.getfile(module)).read_bytes())
     return digest.hexdigest()[:8]
 
 
@@ -166,7 +168,8 @@ def make_row(split: str, index: int, seed: int) -> dict[str, Any]:
 
 def _write_split(file: Path, split: str, count: int, seed: int) -> None:
     workers = min(4, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, lifetime.end_with_parent, (os.getpid(),)) as pool:
         rows = list(pool.map(partial(make_row, split, seed=seed), range(count), chunksize=32))
     features = datasets.Features({"image": datasets.Image(), "ground_truth": datasets.Value("string")})
     table = datasets.Dataset.from_list(rows, features=features)

@@ -180,7 +180,7 @@ def _photograph(sheet: Image.Image, words: list[Word], rng: Random) -> Drawing:
 def _valid_line(word: Word, image_size: tuple[int, int], degrees: float) -> dict[str, Any]:
     """CORD-v2's record of a word: corners x1, y1 (top left) to x4, y4 (bottom left), clockwise."""
     left, top, right, bottom = (edge + MARGIN for edge in word.box)
-    quad = {}
+    quad: dict[str, int] = {}
     for number, corner in enumerate(((left, top), (right, top), (right, bottom), (left, bottom)), start=1):
         x, y = turn(corner, image_size, degrees)
         quad |= {f"x{number}": round(x), f"y{number}": round(y)}

@@ -182,7 +182,7 @@ def _build_tokenizer(added: Mapping[str, int], rows: int) -> Qwen3_5Tokenizer:
     limit = min(added.values())
     if len(set(added.values())) < len(added) or max(added.values()) >= rows:
         raise ValueError(f"special ids {dict(added)} must differ and lie below {rows}")
-    pipeline = Qwen3_5Tokenizer()._tokenizer  # Qwen3.5's normaliser and pre-tokeniser
+    pipeline = Qwen3_5Tokenizer().backend_tokenizer  # Qwen3.5's normaliser and pre-tokeniser
     trained = Tokenizer(models.BPE())
     trained.normalizer, trained.pre_tokenizer = pipeline.normalizer, pipeline.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -194,9 +194,10 @@ def _build_tokenizer(added: Mapping[str, int], rows: int) -> Qwen3_5Tokenizer:
     trained.train_from_iterator(corpus(), trainer)
     model = json.loads(trained.to_str())["model"]
     special = [token for token in added if token not in REASONING]
+    merges: Any = [tuple(pair) for pair in model["merges"]]  # as BPE takes them; the constructor is hinted otherwise
     tokenizer = Qwen3_5Tokenizer(
         vocab={**model["vocab"], **added},
-        merges=[tuple(pair) for pair in model["merges"]],
+        merges=merges,
         eos_token=TURN_END,
         pad_token=PAD,
         extra_special_tokens=[token for token in special if token not in (PAD, TURN_END)],

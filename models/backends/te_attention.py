@@ -52,7 +52,7 @@ def check_fused_attention(sizes: AttentionSizes) -> None:
         torch.zeros(*shape, heads, sizes.head_dim, dtype=sizes.dtype, device="cuda", requires_grad=True)
         for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
     )
-    documents = {}
+    documents: dict[str, torch.Tensor | int] = {}
     if sizes.packed:
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
         documents = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}

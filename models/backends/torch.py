@@ -23,6 +23,11 @@ from models.backends.torch_attention import TorchAttention
 from models.common.parallel_layers import ColumnParallelLinear, RowParallelLinear
 
 
+def _mark(parameter: nn.Parameter, *, sequence_parallel: bool) -> None:
+    """Megatron finds the parameters whose gradients it has to sum over TP by an attribute that torch lacks."""
+    vars(parameter)["sequence_parallel"] = sequence_parallel
+
+
 class _Norm(nn.Module):
     """What both norms share. A zero-centred weight w multiplies as 1 + w.
 
@@ -50,7 +55,7 @@ class _Norm(nn.Module):
     def reset_parameters(self) -> None:
         """Set the weight so that the norm starts as the identity on normalised input."""
         nn.init.constant_(self.weight, 0.0 if self.zero_centered_gamma else 1.0)
-        self.weight.sequence_parallel = self.sequence_parallel
+        _mark(self.weight, sequence_parallel=self.sequence_parallel)
 
     def gamma(self, dtype: torch.dtype) -> Tensor:
         """The multiplier, [hidden_size] in `dtype`."""
@@ -95,7 +100,7 @@ class TorchLayerNorm(_Norm):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.zeros_(self.bias)
-        self.bias.sequence_parallel = self.sequence_parallel
+        _mark(self.bias, sequence_parallel=self.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same, in the weight's dtype."""
@@ -107,7 +112,9 @@ class TorchLayerNorm(_Norm):
 class TorchNorm:
     """The norm that `config.normalization` names. A class, because megatron-core doesn't call functions it is given."""
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> TorchRMSNorm | TorchLayerNorm:
+    def __new__(  # type: ignore[misc]  # another class than its own on purpose: see above
+        cls, config: TransformerConfig, hidden_size: int, eps: float
+    ) -> TorchRMSNorm | TorchLayerNorm:
         if config.normalization == "RMSNorm":
             return TorchRMSNorm(config, hidden_size, eps)
         if config.normalization == "LayerNorm":

@@ -43,7 +43,8 @@ class TorchAttention(MegatronModule):
         attention_type: str,
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
         if config.attention_dropout:
@@ -78,11 +79,11 @@ class TorchAttention(MegatronModule):
         """
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("the torch backend takes documents (packed_seq_params), no attention mask or bias")
-        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if packed:
+        packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
+        if packed is not None:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        cu_seqlens = packed_seq_params.cu_seqlens_q if packed else None
-        longest = packed_seq_params.max_seqlen_q if packed else None
+        cu_seqlens = None if packed is None else packed.cu_seqlens_q
+        longest = None if packed is None else packed.max_seqlen_q
 
         if self.cp_group.size() == 1:
             output = self._attend(query, key, value, cu_seqlens, longest)
@@ -91,7 +92,7 @@ class TorchAttention(MegatronModule):
         else:
             output = self._attend_own_queries(query, key, value, cu_seqlens, longest)
         output = output.flatten(2)
-        return output.squeeze(1) if packed else output
+        return output if packed is None else output.squeeze(1)
 
     def _exchange_heads(self, kv_heads: int) -> bool:
         divides = kv_heads % self.cp_group.size() == 0
@@ -114,7 +115,8 @@ class TorchAttention(MegatronModule):
         length = mixed.size(0)
         order = gathered_index(cp, length=length, cu_seqlens=cu_seqlens, device=mixed.device)
         mixed = mixed.index_select(0, order).unflatten(2, (sum(heads), -1))
-        output = self._attend(*mixed.split(heads, dim=2), cu_seqlens, longest).flatten(2)
+        query_heads, key_heads, value_heads = mixed.split(heads, dim=2)
+        output = self._attend(query_heads, key_heads, value_heads, cu_seqlens, longest).flatten(2)
         output = output.index_select(0, order.argsort())
         output = tensor_a2a_hp2cp(output, 0, -1, self.cp_group, redo_attention_load_balancing=False)
         return output.unflatten(2, query.shape[2:])
@@ -146,11 +148,12 @@ class TorchAttention(MegatronModule):
             position: [S] where the queries are among the keys, if they aren't the same tokens; CP's order.
         """
         if cu_seqlens is None:
-            rows = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
             mask = None
             if self.causal and position is not None:
                 mask = position[:, None] >= torch.arange(key.size(0), device=key.device)
-            return self._sdpa(*rows, mask).permute(2, 0, 1, 3)
+            query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            return self._sdpa(query, key, value, mask).permute(2, 0, 1, 3)
+        assert longest is not None  # the batch gives both or neither
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         documents = cu_seqlens.numel() - 1
         if documents * longest**2 <= key.size(0) ** 2:
@@ -175,10 +178,10 @@ class TorchAttention(MegatronModule):
             cp = key.size(0) // query.size(0)
             query_rows = DocumentRows.of(cu_seqlens // cp, query.size(0), longest // cp)
         mask = self._row_mask(kv_rows, query_rows, cu_seqlens, position)
-        rows = [
+        query, key, value = (
             layout.to_rows(x).transpose(1, 2) for layout, x in ((query_rows, query), (kv_rows, key), (kv_rows, value))
-        ]
-        return query_rows.to_tokens(self._sdpa(*rows, mask).transpose(1, 2))
+        )
+        return query_rows.to_tokens(self._sdpa(query, key, value, mask).transpose(1, 2))
 
     def _row_mask(
         self, kv_rows: DocumentRows, query_rows: DocumentRows, cu_seqlens: Tensor, position: Tensor | None
@@ -203,8 +206,8 @@ class TorchAttention(MegatronModule):
         mask = key_document[position][:, None] == key_document
         if self.causal:
             mask &= position[:, None] >= key_position
-        rows = [x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
-        return self._sdpa(*rows, mask).squeeze(0).transpose(0, 1)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        return self._sdpa(query, key, value, mask).squeeze(0).transpose(0, 1)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """[rows, heads, tokens, D]; without a mask, causal if this attention is."""

@@ -19,7 +19,7 @@ from megatron.core.ssm.gated_delta_net import (
     tensor_a2a_hp2cp,
 )
 from megatron.core.tensor_parallel import CheckpointWithoutOutput, get_cuda_rng_tracker
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.common.gdn_kernels import TORCH_KERNELS, kernels_for
 from models.common.packed import PackedDocuments
@@ -34,6 +34,8 @@ class PackedGatedDeltaNet(GatedDeltaNet):
     the device; `A_log` and `dt_bias` are float32 whatever the model's dtype, because their values move by less than
     bfloat16 resolves.
     """
+
+    conv1d: nn.Conv1d
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -106,9 +108,9 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         """
         if inference_context is not None:
             raise NotImplementedError("GatedDeltaNet keeps no state for inference here; export the checkpoint to HF")
-        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        cu_seqlens = packed_seq_params.cu_seqlens_q if packed else None
-        chunks = packed_seq_params.chunk_indices if isinstance(packed_seq_params, PackedDocuments) else None
+        packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
+        cu_seqlens = None if packed is None else packed.cu_seqlens_q
+        chunks = packed.chunk_indices if isinstance(packed, PackedDocuments) else None
 
         projected, _ = self.in_proj(hidden_states)
         projected, order = self._gather_sequence(projected, cu_seqlens)

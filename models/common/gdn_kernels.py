@@ -275,14 +275,15 @@ def _outputs_and_gradients(
     kernels: GDNKernels, inputs: list[Tensor], cu_seqlens: Tensor, chunks: Tensor
 ) -> dict[str, Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
-    conv = kernels.causal_conv(leaves[0], leaves[1], cu_seqlens, chunks)
-    rule = kernels.gated_delta_rule(*leaves[2:], cu_seqlens, chunks)
-    (_weighted_sum(conv) + _weighted_sum(rule)).backward()
+    x, weight, q, k, v, g, beta = leaves
+    conv = kernels.causal_conv(x, weight, cu_seqlens, chunks)
+    rule = kernels.gated_delta_rule(q, k, v, g, beta, cu_seqlens, chunks)
+    gradients = torch.autograd.grad(_weighted_sum(conv) + _weighted_sum(rule), leaves)
     names = ("x", "weight", "q", "k", "v", "g", "beta")
     return {
         "convolution": conv.detach(),
         "rule": rule.detach(),
-        **{f"gradient of {name}": leaf.grad for name, leaf in zip(names, leaves, strict=True)},
+        **{f"gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)},
     }
 
 

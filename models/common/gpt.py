@@ -139,7 +139,8 @@ class MultimodalGPTModel(GPTModel):
             output_weight = (self.output_layer.weight if output_weight is None else output_weight).detach()
         targets = [(labels, loss_mask)]
         for _ in predictions:
-            targets.append(tuple(shift_left(targets[-1], [0, 0], packed_seq_params, cp_group)))
+            next_labels, next_mask = shift_left(targets[-1], [0, 0], packed_seq_params, cp_group)
+            targets.append((next_labels, next_mask))
         counts = torch.stack([mask.sum() for _, mask in targets])
         if cp_group.size() > 1:
             torch.distributed.all_reduce(counts, group=cp_group)

@@ -83,10 +83,11 @@ def let_reset(layer: nn.Module, init_method: InitMethod) -> None:
     }.get(type(layer))
     if ours is not None:
         layer.__class__ = ours
+        assert isinstance(layer, ColumnParallelLinear | VocabParallelEmbedding)  # now it is
         layer.init_method = init_method
 
 
-def _reset(layer: nn.Module, init_method: InitMethod) -> None:
+def _reset(layer: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding, init_method: InitMethod) -> None:
     if not layer.config.perform_initialization:
         return
     tracker = get_cuda_rng_tracker()

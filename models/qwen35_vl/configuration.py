@@ -11,12 +11,14 @@ are in `to_hf`.
 from __future__ import annotations
 
 import dataclasses
-import json
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from models.json_files import read_object
+from models.qwen35_vl.config_schema import config_problems, relation_problems
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class Qwen35VLVisionConfig:
     spatial_merge_size: int = 2
     num_position_embeddings: int = 2304
     in_channels: int = 3
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """An MoE layer: `count` routed experts, of which a token visits `topk`, and one that all tokens visit."""
+
+    count: int
+    topk: int
+    ffn_hidden_size: int
+    shared_ffn_hidden_size: int
 
 
 @dataclass(frozen=True)
@@ -86,11 +98,34 @@ class Qwen35VLConfig:
         return self.num_experts is not None
 
     @property
+    def experts(self) -> ExpertSizes | None:
+        """The experts of every layer; None for a dense decoder.
+
+        Raises:
+            ValueError: `num_experts` without their sizes.
+        """
+        if self.num_experts is None:
+            return None
+        topk, width, shared = self.moe_router_topk, self.moe_ffn_hidden_size, self.moe_shared_expert_intermediate_size
+        if topk is None or width is None or shared is None:
+            raise ValueError(
+                f"num_experts {self.num_experts} needs moe_router_topk, moe_ffn_hidden_size and "
+                "moe_shared_expert_intermediate_size"
+            )
+        return ExpertSizes(self.num_experts, topk, width, shared)
+
+    @property
     def dense_ffn_hidden_size(self) -> int:
-        """FFN width when the experts are taken away: what one token's active experts add up to."""
-        if not self.is_moe:
-            return self.ffn_hidden_size
-        return self.moe_router_topk * self.moe_ffn_hidden_size + self.moe_shared_expert_intermediate_size
+        """FFN width without experts: the decoder's own, or what one token's active experts add up to.
+
+        Raises:
+            ValueError: neither experts nor `ffn_hidden_size`.
+        """
+        if (experts := self.experts) is not None:
+            return experts.topk * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
+        if self.ffn_hidden_size is None:
+            raise ValueError("a dense decoder needs ffn_hidden_size")
+        return self.ffn_hidden_size
 
     def differences(self, folder: Qwen35VLConfig) -> list[str]:
         """Where flags (this) and a folder's config.json describe different models, each with both values.
@@ -228,9 +263,10 @@ class Qwen35VLConfig:
         Raises:
             ValueError: no such file, not JSON, or not this architecture; the message names the folder.
         """
+        config = read_object(Path(folder) / "config.json")
         try:
-            return cls.from_hf(json.loads((Path(folder) / "config.json").read_text()))
-        except (OSError, ValueError) as error:
+            return cls.from_hf(config)
+        except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
     # HuggingFace spelling
@@ -283,8 +319,8 @@ class Qwen35VLConfig:
         """Read a `config.json`. Absent keys take HF's defaults where HF has one that released folders rely on.
 
         Raises:
-            ValueError: another architecture, a missing number, or a structure that the harness doesn't build;
-                the message names the key.
+            ValueError: another architecture, a value that is missing, of a wrong kind, out of range or in contradiction
+                to another, or a structure that the harness doesn't build; the message names every key at fault.
         """
         is_moe = config.get("model_type") == "qwen3_5_moe"
         if config.get("model_type") not in ("qwen3_5", "qwen3_5_moe"):
@@ -292,6 +328,7 @@ class Qwen35VLConfig:
                 f"config.json has model_type {config.get('model_type')!r}; expected 'qwen3_5' or 'qwen3_5_moe'"
             )
         text, vision = (_hf_section(config, name) for name in ("text_config", "vision_config"))
+        _refuse(config_problems(config))
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         fields = {
             ours: text[hf] for ours, hf in _HF_TEXT_NAMES.items() if hf in text and (is_moe or hf not in _HF_MOE_NAMES)
@@ -301,12 +338,15 @@ class Qwen35VLConfig:
         required = set(_HF_REQUIRED) | (_HF_MOE_NAMES if is_moe else {"intermediate_size"})
         if missing := sorted(required - set(text)):
             raise ValueError(f"config.json: text_config lacks {', '.join(missing)}")
-        return cls(
+        theta = rope.get("rope_theta", text.get("rope_theta", cls.rotary_base))
+        if theta != int(theta):
+            raise ValueError(f"config.json: text_config.rope_parameters.rope_theta is {theta}; it has to be whole")
+        read = cls(
             **fields,
             full_attention_interval=_full_attention_interval(text),
             # The top-level flag is the true one: text_config repeats its class default.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            rotary_base=int(rope.get("rope_theta", text.get("rope_theta", cls.rotary_base))),
+            rotary_base=int(theta),
             rotary_percent=rope.get("partial_rotary_factor", text.get("partial_rotary_factor", cls.rotary_percent)),
             mrope_section=tuple(rope.get("mrope_section", cls.mrope_section)),
             vision=Qwen35VLVisionConfig(**{ours: vision[hf] for ours, hf in _HF_VISION_NAMES.items() if hf in vision}),
@@ -317,6 +357,12 @@ class Qwen35VLConfig:
                 vision_end=config.get("vision_end_token_id", SpecialTokenIds.vision_end),
             ),
         )
+        contradictions = relation_problems(read)
+        out = vision.get("out_hidden_size", read.hidden_size)
+        if out != read.hidden_size:
+            contradictions.append(f"vision_config.out_hidden_size is {out}, text_config.hidden_size {read.hidden_size}")
+        _refuse(contradictions)
+        return read
 
 
 # MTP can be left out (a folder that lacks it lacks tensors); positions can be extended; init is overwritten.
@@ -375,6 +421,11 @@ _HF_VISION_NAMES = {
 }
 
 
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"config.json: {'; '.join(problems)}")
+
+
 def _hf_section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = config.get(name)
     if not isinstance(section, Mapping):
@@ -393,8 +444,9 @@ def _full_attention_interval(text: Mapping[str, Any]) -> int:
     expected = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(len(layer_types))]
     if layer_types != expected or len(layer_types) != text.get("num_hidden_layers"):
         raise ValueError(
-            f"config.json: text_config.layer_types isn't num_hidden_layers entries with full_attention every "
-            f"{interval}th; no other arrangement is built"
+            f"config.json: text_config.layer_types has {len(layer_types)} entries, and has to have num_hidden_layers "
+            f"({text.get('num_hidden_layers')}) of them: full_attention in every layer whose number, from 1, is a "
+            f"multiple of {interval}, linear_attention in the others; no other arrangement is built"
         )
     return interval
 

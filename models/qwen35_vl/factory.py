@@ -108,6 +108,12 @@ def _model_inputs(args: Namespace) -> ModelInputs:
     return Qwen35VLInputs(Qwen35VLConfig.from_args(args))
 
 
+def _hf_model_inputs(config: Mapping[str, Any]) -> ModelInputs:
+    from models.qwen35_vl.inputs import Qwen35VLInputs
+
+    return Qwen35VLInputs(Qwen35VLConfig.from_hf(config))
+
+
 def _hf_mismatches(args: Namespace, config: Mapping[str, Any]) -> list[str]:
     return Qwen35VLConfig.from_args(args).differences(Qwen35VLConfig.from_hf(config))
 
@@ -150,5 +156,6 @@ QWEN35_VL = ModelSpec(
         fsdp_checkpoint_slices=_fsdp_checkpoint_slices,
         dtype=default_dtype,
         vocab_size=lambda config: Qwen35VLConfig.from_hf(config).vocab_size,
+        model_inputs=_hf_model_inputs,
     ),
 )

@@ -51,11 +51,12 @@ def _gdn_macs(config: Qwen35VLConfig) -> int:
 
 
 def _mlp_macs(config: Qwen35VLConfig) -> int:
-    if not config.is_moe:
-        return 3 * config.hidden_size * config.ffn_hidden_size
-    experts = 3 * config.hidden_size * config.moe_router_topk * config.moe_ffn_hidden_size
-    shared = 3 * config.hidden_size * config.moe_shared_expert_intermediate_size + config.hidden_size
-    return experts + shared + config.hidden_size * config.num_experts
+    experts = config.experts
+    if experts is None:
+        return 3 * config.hidden_size * config.dense_ffn_hidden_size
+    routed = 3 * config.hidden_size * experts.topk * experts.ffn_hidden_size
+    shared = 3 * config.hidden_size * experts.shared_ffn_hidden_size + config.hidden_size
+    return routed + shared + config.hidden_size * experts.count
 
 
 def _vision_macs(vision: Qwen35VLVisionConfig, out_hidden_size: int, shape: BatchShape) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from models.qwen35_vl.configuration import Qwen35VLConfig
+from models.qwen35_vl.configuration import ExpertSizes, Qwen35VLConfig
 from models.weight_map import CheckpointSlice, Rank, RowRange, Source, WeightMap
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def checkpoint_slices(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, t
     The names are those of `sharded_state_dict()`: norms by the fused backend's spelling (`models.qwen35_vl.specs`), the
     ViT's layers and a layer's experts stacked in one tensor, GatedDeltaNet's projections one by one.
     """
-    slices = {}
+    slices: dict[str, tuple[CheckpointSlice, ...]] = {}
     for name, source in mapping.sources.items():
         layer: int | None = None
         layers = 0
@@ -127,7 +127,7 @@ def checkpoint_slices(config: Qwen35VLConfig, mapping: WeightMap) -> dict[str, t
             layer, layers = int(vit[1]), config.vision.num_layers
         elif expert := re.search(r"(?<=\.mlp\.experts\.)(\d+)\.", key):
             key = f"{key[: expert.start()]}experts.{key[expert.end() :]}"
-            layer, layers = int(expert[1]), config.num_experts
+            layer, layers = int(expert[1]), config.num_experts or 0
         gated_delta_net = f"{name.partition('input_layernorm')[0]}self_attention.A_log" in mapping.sources
         projection = "in_proj" if gated_delta_net else "linear_qkv"
         key = re.sub(r"\.input_layernorm\.", f".self_attention.{projection}.layer_norm_", key)
@@ -290,7 +290,7 @@ def _layer(hf: str, config: Qwen35VLConfig, full_attention: bool, stacked: bool)
         "input_layernorm.weight": _whole(f"{hf}input_layernorm.weight", config.hidden_size),
         "pre_mlp_layernorm.weight": _whole(f"{hf}post_attention_layernorm.weight", config.hidden_size),
         **(_attention(hf, config) if full_attention else _gated_delta_net(hf, config)),
-        **(_moe(hf, config, stacked) if config.is_moe else _mlp(hf, config)),
+        **_mlp(hf, config, stacked),
     }
 
 
@@ -337,8 +337,10 @@ def _gated_delta_net(hf: str, config: Qwen35VLConfig) -> dict[str, Source]:
     }
 
 
-def _mlp(hf: str, config: Qwen35VLConfig) -> dict[str, Source]:
-    return _gated_mlp("mlp.", f"{hf}mlp.", config.hidden_size, config.ffn_hidden_size)
+def _mlp(hf: str, config: Qwen35VLConfig, stacked: bool) -> dict[str, Source]:
+    if (experts := config.experts) is not None:
+        return _moe(f"{hf}mlp.", config.hidden_size, experts, stacked)
+    return _gated_mlp("mlp.", f"{hf}mlp.", config.hidden_size, config.dense_ffn_hidden_size)
 
 
 def _gated_mlp(ours: str, hf: str, hidden: int, ffn: int, is_expert: bool = False) -> dict[str, Source]:
@@ -349,15 +351,14 @@ def _gated_mlp(ours: str, hf: str, hidden: int, ffn: int, is_expert: bool = Fals
     }
 
 
-def _moe(hf: str, config: Qwen35VLConfig, stacked: bool) -> dict[str, Source]:
-    hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
-    hf = f"{hf}mlp."
+def _moe(hf: str, hidden: int, experts: ExpertSizes, stacked: bool) -> dict[str, Source]:
+    ffn = experts.ffn_hidden_size
     table = {
-        "mlp.router.weight": _whole(f"{hf}gate.weight", config.num_experts, hidden),
+        "mlp.router.weight": _whole(f"{hf}gate.weight", experts.count, hidden),
         "mlp.shared_experts.gate_weight": _whole(f"{hf}shared_expert_gate.weight", 1, hidden),
-        **_gated_mlp("mlp.shared_experts.", f"{hf}shared_expert.", hidden, config.moe_shared_expert_intermediate_size),
+        **_gated_mlp("mlp.shared_experts.", f"{hf}shared_expert.", hidden, experts.shared_ffn_hidden_size),
     }
-    for e in range(config.num_experts):
+    for e in range(experts.count):
         ours = f"mlp.experts.{e}."
         if not stacked:
             table |= _gated_mlp(ours, f"{hf}experts.{e}.", hidden, ffn, is_expert=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +16,7 @@ import torch
 import torch.distributed as dist
 from toy_data import PAD, ToyDataset, ToyInputs
 
-from data import DATASET_PROVIDERS, DatasetProvider
+from data import DATASET_PROVIDERS, DatasetProvider, shared_memory
 from data.batch import Batch, collate
 from data.loader import BatchReader, Ranks, SharedReader, dataset_provider
 from data.pack import IndexedPacks, PackPlan, measure
@@ -44,6 +47,7 @@ def reader(
     dataset: ToyDataset | None = None,
     with_vision: bool = True,
     group: object | None = None,
+    timeout: float = 60,
 ) -> BatchReader:
     dataset = dataset or ToyDataset(LENGTHS)
     source = IndexedPacks(dataset, PackPlan(measure(dataset), seed=3, token_budget=12, packed=True), order="toy")
@@ -68,6 +72,7 @@ def reader(
         global_batch_size=global_batch_size,
         workers=workers,
         device=CPU,
+        timeout=timeout,
     )
 
 
@@ -146,6 +151,44 @@ def test_an_error_names_the_sample(workers: int) -> None:
     assert "while loading sample 5 of toy/train" in text
 
 
+class Stuck(ToyDataset):
+    def __getitem__(self, index: int) -> Sample:
+        time.sleep(600)
+        raise AssertionError
+
+
+def test_a_loader_that_gives_nothing_ends_the_run() -> None:
+    with pytest.raises(RuntimeError, match=r"timed out after 1\.5 seconds") as error:
+        next(reader(workers=1, dataset=Stuck(LENGTHS), timeout=1.5))
+    (note,) = error.value.__notes__
+    assert "No batch of toy/train in 0.025 minutes (--loader-timeout-minutes)" in note and "--shm-size" in note
+
+
+class Where(ToyDataset):
+    """Samples that know who made them: their process is the number of their first token."""
+
+    def __getitem__(self, index: int) -> Sample:
+        made = super().__getitem__(index)
+        made.input_ids[0] = os.getpid()
+        return made
+
+
+def test_workers_outlive_a_signal_to_the_job() -> None:
+    loaded = reader(workers=2, dataset=Where(LENGTHS))
+    before = [row[0] for row in rows(loaded, 4)]
+    assert len(set(before)) == 2
+    for worker in set(before):
+        subprocess.run(["kill", "-TERM", str(worker)], check=True)  # not from their parent
+    assert [row[0] for row in rows(loaded, 20)] == (before * 5)[:20]
+
+
+def test_shared_memory_is_checked(provide: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda folder: Namespace(free=5_000))
+    provide()
+    with pytest.raises(shared_memory.SharedMemoryTooSmall, match=r"0 MB free.*--shm-size.*--num-workers"):
+        provide(num_workers=1)
+
+
 def test_stages_without_the_encoder_load_no_pixels() -> None:
     dataset = ToyDataset([8, 8], [16, 8])
     assert next(reader(dataset=dataset)).vision[0]["pixel_values"].size(0) in (16, 8)
@@ -208,6 +251,7 @@ def arguments(**changes: object) -> Namespace:
             "redundant_vision": False,
             "tensor_model_parallel_size": 1,
             "sequence_parallel": False,
+            "loader_timeout_minutes": 10.0,
         }
         | changes
     )
@@ -325,6 +369,7 @@ class Unreadable(ToyDataset):
         raise AssertionError("only the first rank of a group loads")
 
 
+@pytest.mark.heavy
 def test_two_ranks_get_the_same_batches_in_two_collectives_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

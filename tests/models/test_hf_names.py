@@ -45,7 +45,9 @@ def check_names_and_size(model: nn.Module, architecture: Qwen35VLConfig) -> None
     assert ours == sum(parameter.numel() for parameter in build_hf_meta(architecture).parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.heavy) if name in HUGE else name for name in VARIANTS]
+)
 def test_every_variant_builds_on_the_meta_device_in_hf_s_size(variant: str, tmp_path: Path):
     from runtime.meta import meta_device
 

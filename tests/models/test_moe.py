@@ -28,9 +28,6 @@ def clean_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from models.common.moe import PerTokenLossRouter
-
-    monkeypatch.setattr(PerTokenLossRouter, "trained_tokens", None)
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(1.0))
     yield
     get_moe_metrics_tracker().clear()

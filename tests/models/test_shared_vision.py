@@ -16,6 +16,8 @@ from tests.errors import relative_error
 from tests.models.test_hf_parity import make_sample
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.heavy
+
 ARCHITECTURE = VARIANTS["tiny_moe"]
 RANKS = 2
 SEQ_LEN = 192

@@ -19,6 +19,8 @@ import pytest
 
 from proofs.layouts import parse_layout
 
+pytestmark = pytest.mark.heavy
+
 SCRIPT = Path(__file__).parents[2] / "scripts/check_parallel.py"
 
 

@@ -4,8 +4,9 @@
 
 JOBS.json: {"out": folder, "jobs": {name: {"ranks": N, "flags": [...]}}}. Each writes `out/NAME.pt`: {"meta": whether
 all parameters were on the meta device before wrapping, "marks", "dtypes": of the wrapped parameters by name, "states":
-[state before the first step, after the first, ...]}. A state is {name: tensor} of the whole parameters and Adam's whole
-moments; experts carry their number in the whole model. Not a test: a program that test_fsdp.py starts.
+[state before the first step, after the first, ...], "rates": the learning rate of each step}. A state is {name: tensor}
+of the whole parameters and Adam's whole moments; experts carry their number in the whole model. Not a test: a program
+that test_fsdp.py starts.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def state_of(model: list[nn.Module], optimizer: Any) -> dict[str, Tensor]:
 
 
 def run(flags: list[str], out: Path) -> None:
-    found: dict[str, Any] = {"states": []}
+    found: dict[str, Any] = {"states": [], "rates": []}
     provider, train_step = pretrain_multimodal.model_provider, training.train_step
 
     def built(*args: Any, **kwargs: Any) -> nn.Module:
@@ -89,6 +90,8 @@ def run(flags: list[str], out: Path) -> None:
                 for parameter, name in raw.items()
             }
             found["dtypes"] = {name: parameter.dtype for parameter, name in raw.items()}
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        found["rates"].append(rate)
         outcome = train_step(*args, **kwargs)
         found["states"].append(state_of(model, optimizer))
         return outcome

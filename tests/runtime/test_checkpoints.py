@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import subprocess
@@ -11,27 +10,12 @@ from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
 
 from runtime import checkpoints
 from runtime.checkpoints import Start, choose, damage, keep_last, make_room, problem, read_tracker, repair_tracker
+from tests.small_checkpoint import write
 
 ROOT = Path(__file__).parents[2]
-logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.ERROR)
-
-
-def write(folder: Path, iteration: int, *, last_file: bool = True, value: float = 0.0) -> Path:
-    """A checkpoint as megatron leaves it, in torch_dist format."""
-    path = folder / checkpoints.folder_name(iteration)
-    state = {"weight": torch.full((8, 4), value), "bias": torch.zeros(3, dtype=torch.bfloat16), "step": iteration}
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
-    if last_file:
-        (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
-    data = folder / checkpoints.DATA / path.name / "mp_rank_00"
-    data.mkdir(parents=True)
-    (data / "train_dataloader_dprank000.pt").write_bytes(b"state")
-    return path
 
 
 @pytest.fixture
@@ -117,7 +101,12 @@ def test_step_that_isn_t_there(folder: Path) -> None:
 
 def test_release(folder: Path) -> None:
     (folder / checkpoints.TRACKER).write_text("release\n")
+    assert f"names release, but {folder / 'release'} is missing" in problem(folder, None, "torch_dist")
+    (folder / "iter_0000002").rename(folder / "release")
     assert pick(folder) == Start(folder / "release")
+    assert problem(folder, None, "torch_dist") is None
+    os.truncate(shard(folder / "release"), 10)
+    assert "bytes of" in problem(folder, None, "torch_dist")
 
 
 def test_truncated_shard(folder: Path) -> None:
@@ -142,7 +131,7 @@ def test_missing_and_unreadable_shards(folder: Path) -> None:
     path.unlink()
     assert damage(path.parent, "torch_dist") == f"{path}: No such file or directory"
     path.mkdir()  # nothing that can be read; root reads whatever its mode is
-    assert damage(path.parent, "torch_dist") == f"{path}: Is a directory"
+    assert damage(path.parent, "torch_dist") == f"{path}: is a folder, not a regular file"
 
 
 def test_corrupt_metadata(folder: Path) -> None:

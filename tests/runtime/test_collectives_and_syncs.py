@@ -21,6 +21,8 @@ import torch.distributed as dist
 from tests.host_syncs import ROOT, counted_on_cpu, counted_on_gpu, own_caller
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.heavy
+
 MICRO_BATCHES = 2
 FLAGS = (
     *("--dataset-provider", "mock", "--image-size", "64", "--image-seq-length", "4", "--seq-length", "64"),

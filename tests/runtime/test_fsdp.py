@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.heavy
+
 PROGRAM = Path(__file__).with_name("fsdp_runs.py")
 MODEL = [
     *("--model-variant", "tiny_moe", "--dataset-provider", "mock", "--image-size", "64", "--image-seq-length", "4"),
@@ -45,7 +47,7 @@ def run_jobs(folder: Path, jobs: dict[str, tuple[int, list[str]]]) -> dict[str, 
     described = {name: {"ranks": ranks, "flags": [*MODEL, *flags]} for name, (ranks, flags) in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps({"out": str(folder), "jobs": described}))
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
-    command = [sys.executable, "-W", "ignore", str(PROGRAM), str(folder / "jobs.json")]
+    command = [sys.executable, str(PROGRAM), str(folder / "jobs.json")]
     done = subprocess.run(
         command,
         env={**environment, "OMP_NUM_THREADS": "1"},
@@ -148,6 +150,7 @@ def across(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         {
             "two": (2, [*FSDP, *LONG, *saving("two")]),
             "two_again": (2, [*FSDP, *LONG, *loading("two", 2)]),
+            "slower": (2, [*FSDP, *LONG, *loading("two", 2), "--lr", "5e-4", "--override-opt_param-scheduler"]),
             "one_from_two": (1, [*FSDP, *LONG, *loading("two", 2), *saving("one")]),
             "two_from_one": (2, [*FSDP, *LONG, *loading("one", 3)]),
             "experts_from_two": (2, [*FSDP, *EP, *LONG, *loading("two", 2), *saving("experts")]),
@@ -179,3 +182,10 @@ def test_what_is_loaded_is_what_was_saved(across: dict[str, Run], run: str, sour
 def test_the_same_layout_goes_on_exactly(across: dict[str, Run], run: str, source: str, step: int) -> None:
     pairs = zip(across[run]["states"], across[source]["states"][step:], strict=True)
     assert [names for pair in pairs if (names := differences(*pair))] == []
+
+
+@pytest.mark.slow
+def test_going_on_at_another_learning_rate(across: dict[str, Run]) -> None:
+    """Half of it is exactly half in every step."""
+    assert across["slower"]["rates"] == [rate / 2 for rate in across["two"]["rates"][2:]]
+    assert differences(across["slower"]["states"][0], across["two"]["states"][2]) == []

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
+import inspect
 import subprocess
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -19,19 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from runtime import patches, prepare
+from tests.pristine import pristine
 
 
 @pytest.fixture(scope="module", autouse=True)
 def patched() -> None:
     prepare()
-
-
-def pristine(name: str) -> ModuleType:
-    """A second copy of a module, as its file has it; the patched one stays where it is."""
-    spec = importlib.util.spec_from_file_location(name, importlib.import_module(name).__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_applying_again_changes_nothing() -> None:
@@ -50,7 +43,7 @@ def test_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         patches.apply()
 
 
-def test_every_mend_says_where_the_defect_is() -> None:
+def test_every_patch_says_where_the_defect_is() -> None:
     for patch in patches.PATCHES:
         version, where, _ = patch.__doc__.split(maxsplit=2)
         assert version == "0.19.2," and ".py:" in where, patch.__name__
@@ -73,7 +66,7 @@ class TestDatasetHelpers:
         assert (make, option) == ("make", "-C")
         assert not list(Path(folder).glob("[Mm]akefile"))
 
-    def test_mended(self) -> None:
+    def test_patched(self) -> None:
         importlib.import_module(self.NAME).compile_helpers()
 
 
@@ -85,7 +78,7 @@ class TestGatedDeltaNet:
         with pytest.raises(ImportError, match="FLA is not installed"):
             pristine(self.NAME)._GDNBase(config=None, submodules=None)
 
-    def test_mended(self) -> None:
+    def test_patched(self) -> None:
         # Past the check: what raises now is the missing process group.
         with pytest.raises(AssertionError, match="pg_collection"):
             importlib.import_module(self.NAME)._GDNBase(config=None, submodules=None)
@@ -97,7 +90,7 @@ class TestRecomputation:
     def test_default_is_still_broken(self) -> None:
         assert pristine(self.NAME).CheckpointWithoutOutput().fp8 is True
 
-    def test_mended(self, single_rank: None) -> None:
+    def test_patched(self, single_rank: None) -> None:
         checkpoint = importlib.import_module(self.NAME).CheckpointWithoutOutput()
         assert checkpoint.fp8 is False
         x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -179,7 +172,7 @@ class TestResumingFp32Parameters:
     def test_dp_reshardable_is_still_broken(self, broken_class: type) -> None:
         assert self.gradients_recorded(broken_class)
 
-    def test_mended(self, mended_class: type) -> None:
+    def test_patched(self, mended_class: type) -> None:
         assert not self.gradients_recorded(mended_class)
 
 
@@ -247,7 +240,7 @@ class TestFusedAuxLoss:
         )
         assert local.is_floating_point() and total.is_floating_point()
 
-    def test_mended(self, single_rank: None) -> None:
+    def test_patched(self, single_rank: None) -> None:
         from megatron.core.transformer.moe import router
 
         for count in self.counts(router.get_tokens_per_expert_and_token_count):
@@ -289,7 +282,7 @@ class TestFSDPOptimizerStates:
     def test_is_still_broken(self, broken_class: type) -> None:
         assert list(self.saved(broken_class)) == ["held"]
 
-    def test_mended(self, mended_class: type) -> None:
+    def test_patched(self, mended_class: type) -> None:
         states = self.saved(mended_class)
         assert list(states) == ["empty", "held"]
         assert states["empty"]["step"] == states["held"]["step"] == 2
@@ -310,7 +303,7 @@ class TestFSDPCheckpointNames:
         with pytest.raises(AttributeError, match="has no attribute `module`"):
             self.save(pristine("megatron.core.transformer.fsdp_dtensor_checkpoint").handle_swiglu_in_state_dict)
 
-    def test_mended(self) -> None:
+    def test_patched(self) -> None:
         from megatron.training import checkpointing
 
         with pytest.raises(AttributeError, match="megatron_fsdp_slice"):
@@ -337,7 +330,7 @@ class TestFSDPMarks:
     def test_is_still_broken(self) -> None:
         assert not hasattr(self.marked(pristine(self.NAME).ParamAndGradBuffer._reset_parameters), "allreduce")
 
-    def test_mended(self) -> None:
+    def test_patched(self) -> None:
         """What the module itself has set when it initialised the parameter stays."""
         new = self.marked(importlib.import_module(self.NAME).ParamAndGradBuffer._reset_parameters)
         assert new.allreduce is False and new.sequence_parallel is False
@@ -383,7 +376,7 @@ class TestBucketsInPlace:
     def test_is_still_broken(self, broken_class: type, single_rank: None) -> None:
         assert self.saved(broken_class) != [[1.0, 2.0], [3.0, 4.0, 5.0]]
 
-    def test_mended(self, mended_class: type, single_rank: None) -> None:
+    def test_patched(self, mended_class: type, single_rank: None) -> None:
         assert self.saved(mended_class) == [[1.0, 2.0], [3.0, 4.0, 5.0]]
 
 
@@ -420,7 +413,7 @@ class TestExpertLayouts:
         (state,) = self.two_to_one(pristine(self.NAME).ChainedOptimizer)
         assert "optimizer" not in state
 
-    def test_mended(self) -> None:
+    def test_patched(self) -> None:
         chained_class = importlib.import_module(self.NAME).ChainedOptimizer
         dense, experts = self.one_to_two(chained_class)
         assert (dense["param_state"], experts["param_state"]) == ("a", "b")
@@ -431,97 +424,6 @@ class TestExpertLayouts:
             assert {group["is_expert_parallel"]: group["step"] for group in groups} == {False: 7.0, True: 7.0}
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    folder: ClassVar[Path]
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.folder),)
-
-
-class TestCheckpointsReadAsData:
-    @pytest.fixture
-    def checkpoint(self, tmp_path: Path) -> Path:
-        import torch.distributed.checkpoint as dcp
-
-        Evil.folder = tmp_path / "ran"
-        folder = tmp_path / "checkpoint"
-        dcp.save({"common_state/shard_0_1": [Evil()]}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-        return folder
-
-    def test_is_still_broken(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-
-        monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-        load_common_state_dict(checkpoint)
-        assert Evil.folder.is_dir()
-
-    def test_mended(self, checkpoint: Path) -> None:
-        from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-
-        with pytest.raises(BaseException, match="Weights only load failed"):
-            load_common_state_dict(checkpoint)
-        assert not Evil.folder.exists()
-
-
-class TestFailedWrites:
-    NAME = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-
-    @staticmethod
-    def write(module: ModuleType, folder: Path) -> None:
-        bucket = (str(folder / "missing/shard"), "shard", ([], []))
-        module.FileSystemWriterAsync.write_preloaded_data([], 0, bucket, None, None, True)
-
-    def test_is_still_broken(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.write(pristine(self.NAME), tmp_path)
-        assert capsys.readouterr().err == ""
-
-    def test_mended(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.write(importlib.import_module(self.NAME), tmp_path)
-        assert f"{tmp_path}/missing/shard can't be written: [Errno 2] No such file" in capsys.readouterr().err
-
-
-class TestSavingOver:
-    """The function that the training loop calls; megatron's own, inside, gets no further than its first line."""
-
-    @pytest.fixture
-    def other(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """A file of another run's checkpoint of the same iteration."""
-        from megatron.training import checkpointing, global_vars
-
-        def stop() -> None:
-            raise LookupError("here megatron starts")
-
-        args = SimpleNamespace(save=str(tmp_path), ckpt_format="torch_dist", keep_last=None, async_save=False)
-        monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
-        monkeypatch.setattr(checkpointing, "get_args", stop)
-        path = tmp_path / "iter_0000004/.metadata"
-        path.parent.mkdir()
-        path.write_bytes(b"of another run")
-        return path
-
-    def test_is_still_broken(self, other: Path) -> None:
-        import inspect
-
-        from megatron.training import training
-
-        original = training.save_checkpoint.__wrapped__
-        with pytest.raises(LookupError):
-            original(4, None, None, None, 0)
-        assert other.exists() and "TODO Handle non-empty directories" in inspect.getsource(original)
-
-    def test_mended(self, other: Path, single_rank: None) -> None:
-        from megatron.training import training
-
-        with pytest.raises(LookupError) as raised:
-            training.save_checkpoint(4, None, None, None, 0)
-        assert not other.exists()
-        (note,) = raised.value.__notes__
-        assert f"while saving {other.parent} " in note and "there is none before it" in note
-
-
 class TestFsdpStartsFromLoadedWeights:
     NAME = "megatron.core.optimizer.distrib_optimizer"
     OPTIMIZER = SimpleNamespace(optimizer=None, ddp_config=SimpleNamespace(use_megatron_fsdp=True))
@@ -530,5 +432,82 @@ class TestFsdpStartsFromLoadedWeights:
         with pytest.raises(NotImplementedError, match="model-to-main parameter update"):
             pristine(self.NAME).DistributedOptimizer._copy_model_params_to_main_params(self.OPTIMIZER)
 
-    def test_mended(self) -> None:
+    def test_patched(self) -> None:
         importlib.import_module(self.NAME).DistributedOptimizer._copy_model_params_to_main_params(self.OPTIMIZER)
+
+
+class TestOtherRates:
+    """A checkpoint's groups are found at other learning rates, and the schedule's switches say which rates hold."""
+
+    NAME = "megatron.core.optimizer.optimizer"
+
+    @staticmethod
+    def group(rate: float, decay: float, **more: object) -> dict:
+        return {"max_lr": rate, "min_lr": rate / 10, "wd_mult": decay, "default_config": True, "params": [0], **more}
+
+    def matched(self, optimizer_class: type, current: list[dict], saved: list[dict]) -> list[dict]:
+        return optimizer_class._filter_and_reorder_param_groups(current, saved)
+
+    @pytest.fixture
+    def switches(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+        switches = SimpleNamespace(override_opt_param_scheduler=False, use_checkpoint_opt_param_scheduler=False)
+        monkeypatch.setattr("megatron.training.global_vars._GLOBAL_ARGS", switches)
+        return switches
+
+    def test_is_still_broken(self) -> None:
+        with pytest.raises(ValueError, match="Could not find parameter group with key"):
+            self.matched(pristine(self.NAME).MegatronOptimizer, [self.group(0.5, 1)], [self.group(0.1, 1)])
+
+    def test_patched(self, switches: SimpleNamespace) -> None:
+        mine = [self.group(0.5, 1, params=[0]), self.group(0.5, 0, params=[1])]
+        theirs = [self.group(0.1, 0, step=7, params=[2]), self.group(0.1, 1, step=8, params=[3])]
+        optimizer_class = importlib.import_module(self.NAME).MegatronOptimizer
+        switches.override_opt_param_scheduler = True
+        assert self.matched(optimizer_class, mine, theirs) == [
+            self.group(0.5, 1, step=8, params=[2]),
+            self.group(0.5, 0, step=7, params=[3]),
+        ]
+        switches.override_opt_param_scheduler, switches.use_checkpoint_opt_param_scheduler = False, True
+        assert [group["max_lr"] for group in self.matched(optimizer_class, mine, theirs)] == [0.1, 0.1]
+
+    def test_other_rates_need_a_switch(self, switches: SimpleNamespace) -> None:
+        optimizer_class = importlib.import_module(self.NAME).MegatronOptimizer
+        with pytest.raises(ValueError, match=r"max_lr 0.1, min_lr .*CKPT_OVERRIDE_SCHEDULER=1"):
+            self.matched(optimizer_class, [self.group(0.5, 1)], [self.group(0.1, 1)])
+
+    def test_groups_that_differ_in_their_rates_alone(self, switches: SimpleNamespace) -> None:
+        """The equal one is found; with none, it can't be told which is which."""
+        optimizer_class = importlib.import_module(self.NAME).MegatronOptimizer
+        theirs = [self.group(0.1, 1, step=7), self.group(0.2, 1, step=8)]
+        mine = [self.group(0.2, 1), self.group(0.1, 1)]
+        assert [group["step"] for group in self.matched(optimizer_class, mine, theirs)] == [8, 7]
+        with pytest.raises(ValueError, match="2 that differ in their learning rates"):
+            self.matched(optimizer_class, [self.group(0.5, 1), self.group(0.6, 1)], theirs)
+
+
+class TestFirstLoss:
+    """A line in the log for each iteration, whose sums start anew after each."""
+
+    @staticmethod
+    def flags(monkeypatch: pytest.MonkeyPatch, interval: int) -> list[bool]:
+        """`is_first_iteration` as Megatron's own function gets it, for the iterations 1, 2 and 3."""
+        from megatron.training import training
+
+        got: list[bool] = []
+        with monkeypatch.context() as context:
+            context.setattr("megatron.training.global_vars._GLOBAL_ARGS", SimpleNamespace(log_interval=interval))
+            context.setattr(
+                training, "training_log", lambda *_, is_first_iteration, **__: got.append(is_first_iteration)
+            )
+            patches.first_loss_counts_once()
+            for iteration in (1, 2, 3):
+                training.training_log({}, {}, 0.1, iteration, is_first_iteration=iteration == 1)
+        return got
+
+    def test_is_still_broken(self) -> None:
+        source = inspect.getsource(pristine("megatron.training.training").training_log)
+        assert "should_reset = not is_first_iteration" in source
+
+    def test_patched(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.flags(monkeypatch, 1) == [False, False, False]
+        assert self.flags(monkeypatch, 2) == [True, False, False]

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.heavy
+
 PROGRAM = Path(__file__).with_name("tiny_pretrain.py")
 MOE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"]
 MOE += ["--moe-aux-loss-coeff", "1e-2", "--moe-router-load-balancing-type", "aux_loss"]
@@ -33,7 +35,7 @@ def _start(
     job = folder / f"{name}.json"
     job.write_text(json.dumps({"out": str(folder), "runs": runs}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    command = [sys.executable, "-W", "ignore", *launcher, str(PROGRAM), str(job)]
+    command = [sys.executable, *launcher, str(PROGRAM), str(job)]
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-5000:]
     return {name: json.loads((folder / f"{name}-losses.json").read_text()) for name in runs}, done.stdout

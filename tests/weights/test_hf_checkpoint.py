@@ -24,6 +24,8 @@ from tests.train_jobs import ROOT, run
 from weights.checkpoint import CheckpointError, export_checkpoint, find_checkpoint, import_folder
 from weights.folder import RECORD, FolderError, HfFolder
 
+pytestmark = pytest.mark.heavy
+
 SMALL_VIT = replace(VARIANTS["tiny"].vision, num_layers=1, num_position_embeddings=64)
 DENSE = VARIANTS["tiny"].replace(vision=SMALL_VIT)
 MOE = VARIANTS["tiny_moe"].replace(vision=SMALL_VIT)
