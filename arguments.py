@@ -12,22 +12,24 @@ from __future__ import annotations
 import io
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data import DATASET_PROVIDERS
-from models import MODEL_REGISTRY, ModelSpec
+from data.processor_files import processor_refusals
+from models import MODEL_REGISTRY, ModelConfig, ModelSpec
 from runtime import checkpoints, launch_environment
 from runtime.machine import Machine, detect
-from runtime.megatron_flags import add_megatron_flags
+from runtime.megatron_flags import add_megatron_flags, dest_of
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
-from weights.check import DESCRIPTION, check_folder, hf_weights_of, is_hub_name, local_folder
-from weights.folder import FolderError, HfFolder, has_processor, occupied, parse_size, read_config
-from weights.schema import description_problems
+from weights.check import DESCRIPTION, HfSource, described, is_hub_name, local_folder
+from weights.folder import FolderError, has_processor, read_config, tensor_names
+from weights.refusals import checkpoint_refusals, flag_refusals, open_source
 
 # What the training loop of this harness is made for; not a matter of taste.
 ALWAYS = (
@@ -41,6 +43,7 @@ ALWAYS = (
     # Its default keeps all of a step's micro-batches on the device, pixels included, to run a suspect step again.
     *("--rerun-mode", "disabled"),
 )
+DEFAULT_ARCH, DEFAULT_PROVIDER = "qwen35_vl", "mock"
 # Accepted so that existing command lines run; the value is what does their job now.
 RETIRED = {
     "--use-vanilla-collate-fn": "data/batch.py collates every batch; --use-packed-sequence chooses THD",
@@ -83,7 +86,7 @@ def _add_checkpoint_args(parser: ArgumentParser) -> None:
 
 def _add_model_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model-arch", default="qwen35_vl", help="Architecture: a name in models.MODEL_REGISTRY")
+    group.add_argument("--model-arch", default=DEFAULT_ARCH, help="Architecture: a name in models.MODEL_REGISTRY")
     group.add_argument(
         "--model-variant",
         default=None,
@@ -147,7 +150,9 @@ def _add_model_args(parser: ArgumentParser) -> None:
 def _add_data_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--dataset-provider", default="mock", help="Where samples come from: mock, receipts, cord_v2 or your own"
+        "--dataset-provider",
+        default=DEFAULT_PROVIDER,
+        help="Where samples come from: mock, receipts, cord_v2 or your own",
     )
     group.add_argument("--dataset-path", default=None, help="Folder or hub name of the data; default: the provider's")
     group.add_argument(
@@ -222,14 +227,24 @@ def _add_hf_args(parser: ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command line that passed the preflight.
+    """A command line that passed the preflight, and what the preflight found out, for the steps behind it.
 
     words: the complete one, for Megatron's parser.
-    given: the user's own flags.
+    args: the same as the preflight read it, before Megatron's own validation.
+    spec: the architecture.
+    config: the model, explicit flags included.
+    start: which checkpoint `--load` means.
+    hf_source: `--load-hf`'s folder, opened; None: there is none, or only its description was fetched.
+    notices: what the user should know about flags that were accepted or chosen for them.
     """
 
     words: list[str]
-    given: list[str]
+    args: Namespace
+    spec: ModelSpec[Any]
+    config: ModelConfig
+    start: checkpoints.Start
+    hf_source: HfSource | None
+    notices: list[str]
 
 
 def parse(command_line: CommandLine) -> Namespace:
@@ -265,13 +280,16 @@ def resolve(command_line: CommandLine) -> Namespace:
     with _without_listing() if args.save else nullcontext():
         validate_args(args)
     if args.rank == 0:
-        for notice in notices(args, command_line.given):
+        for notice in command_line.notices:
             print(f"notice: {notice}", file=sys.stderr)
     return args
 
 
-def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weights: bool = False) -> list[str]:
+def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weights: bool = False) -> CommandLine:
     """Check a command line without torch and megatron.
+
+    Every word is parsed once. What the words of each origin say is laid over what those before it say, in the order in
+    which Megatron's parser will read them.
 
     Args:
         argv: the user's flags.
@@ -279,40 +297,51 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
         world_size: ranks of the whole job.
         with_weights: fetch the weights of a hub name of `--load-hf`, not only what describes them.
 
-    Returns:
-        The complete command line for Megatron's parser.
-
     Raises:
         Refused: it can't run.
     """
-    if problems := unknown_flags(argv, _our_flags()):
-        raise Refused(problems)
     given = _read(argv)
-    weights_are_here = with_weights or given.load_hf is None or not is_hub_name(given.load_hf)
-    resolved, argv = _from_hf_folder(given, argv, with_weights)
-    args = _read([*resolved, *argv])
-    spec, architecture = _architecture(args)
-    if args.num_experts == 0:
+    weights_are_here = with_weights or "load_hf" not in given or not is_hub_name(given["load_hf"])
+    implied = _implied_by_hf_folder(given, with_weights)
+    spec, base, chosen = _architecture({**implied, **given})
+    if (names := _names_in_folder({**implied, **given})) is not None and spec.hf_weights is not None:
+        base, _ = spec.hf_weights.as_stored(base, names)
+    provider = DATASET_PROVIDERS.get(given.get("dataset_provider", DEFAULT_PROVIDER))
+    if provider is None:
+        raise Refused([unknown_name("--dataset-provider", given["dataset_provider"], DATASET_PROVIDERS)])
+    architecture = base.to_flags()
+    if given.get("num_experts") == 0:
         architecture = without_experts(architecture)
-    if args.dataset_provider not in DATASET_PROVIDERS:
-        raise Refused([unknown_name("--dataset-provider", args.dataset_provider, DATASET_PROVIDERS)])
-    resolved += ["--model-arch", args.model_arch]
-    if args.hf_config is None and args.model_variant is None:
-        resolved += ["--model-variant", spec.variants[0]]
-    args = _read([*resolved, *architecture, *argv])
+    resolved = [*chosen, *_as_words(implied)]
+    args = _laid_over(_read(ALWAYS), _read(architecture), given, _read(resolved))
     if problems := unusable_sizes(args):
         raise Refused(problems)
     for_machine = machine_flags(args, machine)
-    command_line = [*ALWAYS, *for_machine, *resolved, *architecture, *argv]
-    args = _read(command_line)
-    if args.load and (start := checkpoints.choose(Path(args.load), args.ckpt_step, args.ckpt_format)).step is not None:
-        command_line += ["--ckpt-step", str(start.step)]
-    problems = refusals(args, command_line, machine, world_size) + spec.check_layout(args)
-    problems += _hf_weights(args, spec, weights_are_here)
-    problems += _processor_files(args) + _checkpoint_model(args, spec)
+    args = _laid_over(vars(args), _read(for_machine), given, _read(resolved))
+    words = [*ALWAYS, *for_machine, *architecture, *argv, *resolved]
+
+    try:
+        config = base.with_flags(args)
+    except ValueError as error:
+        raise Refused([str(error)]) from error
+    start = checkpoints.Start()
+    if args.load:
+        start = checkpoints.choose(Path(args.load), args.ckpt_step, args.ckpt_format)
+        words += [] if start.step is None else ["--ckpt-step", str(start.step)]
+    problems = [
+        *refusals(args, given, start, machine, world_size),
+        *spec.check_layout(args, config),
+        *processor_refusals(args, config.to_hf() if provider.needs_processor else None),
+        *flag_refusals(args, spec),
+        *checkpoint_refusals(args, spec, config, start),
+    ]
+    source = None
+    if args.load_hf is not None and spec.hf_weights is not None:
+        source, found = open_source(Path(args.load_hf), spec, spec.hf_weights, config, weights_are_here)
+        problems += found
     if problems:
         raise Refused(problems)
-    return command_line
+    return CommandLine(words, args, spec, config, start, source, notices(args, given, start))
 
 
 def preflight_or_exit(argv: list[str], *, with_weights: bool = False) -> CommandLine:
@@ -328,7 +357,7 @@ def preflight_or_exit(argv: list[str], *, with_weights: bool = False) -> Command
             world_size = launch_environment.world_size()
         except ValueError as error:
             raise Refused([str(error)]) from error
-        return CommandLine(preflight(argv, detect(), world_size, with_weights=with_weights), argv)
+        return preflight(argv, detect(), world_size, with_weights=with_weights)
     except Refused as refused:
         print(refused, file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -372,111 +401,61 @@ def without_experts(flags: list[str]) -> list[str]:
     return kept
 
 
-def notices(args: Namespace, argv: list[str]) -> list[str]:
+def notices(args: Namespace, given: Mapping[str, Any], start: checkpoints.Start) -> list[str]:
     """What the user should know about flags that were accepted or chosen for them."""
-    given = {word.split("=", 1)[0] for word in argv}
-    found = [f"{flag} has no effect here: {instead}" for flag, instead in RETIRED.items() if flag in given]
-    if args.context_parallel_size > 1 and "--cp-comm-type" not in given:
-        kind = args.cp_comm_type if isinstance(args.cp_comm_type, str) else args.cp_comm_type[0]
+    found = [f"{flag} has no effect here: {instead}" for flag, instead in RETIRED.items() if dest_of(flag) in given]
+    if args.context_parallel_size > 1 and "cp_comm_type" not in given:
+        kind = args.cp_comm_type[0]
         why = "heads divide by CP" if kind == "a2a" else "heads don't divide by CP, so no a2a"
         found.append(f"--cp-comm-type {kind} ({why})")
-    if args.load:
-        step = args.ckpt_step if "--ckpt-step" in given else None
-        found += checkpoints.choose(Path(args.load), step, args.ckpt_format).warnings
-    return found
+    return [*found, *start.warnings]
 
 
-def _from_hf_folder(args: Namespace, argv: list[str], with_weights: bool) -> tuple[list[str], list[str]]:
+def _implied_by_hf_folder(given: Mapping[str, Any], with_weights: bool) -> dict[str, str]:
     """What `--load-hf` implies: the architecture and the processor are the folder's unless flags name others.
 
     Returns:
-        Flags to put before the user's, and the user's with a hub name replaced by its local folder.
+        Values by destination; a hub name of `--load-hf` is replaced by its local folder.
     """
-    if args.load_hf is None:
-        return [], argv
+    if given.get("load_hf") is None:
+        return {}
     try:
-        folder = local_folder(args.load_hf) if with_weights else local_folder(args.load_hf, DESCRIPTION)
+        folder = local_folder(given["load_hf"]) if with_weights else local_folder(given["load_hf"], DESCRIPTION)
         read_config(folder)
     except FolderError as error:
         raise Refused([f"--load-hf {error}"]) from error
-    implied = []
-    if args.hf_config is None and args.model_variant is None:
-        implied += ["--hf-config", str(folder)]
-    if args.hf_processor_path is None and has_processor(folder):
-        implied += ["--hf-processor-path", str(folder)]
-    return implied, [*argv, "--load-hf", str(folder)]
+    implied = {"load_hf": str(folder)}
+    if "hf_config" not in given and "model_variant" not in given:
+        implied["hf_config"] = str(folder)
+    if "hf_processor_path" not in given and has_processor(folder):
+        implied["hf_processor_path"] = str(folder)
+    return implied
 
 
-def _hf_weights(args: Namespace, spec: ModelSpec, weights_are_here: bool) -> list[str]:
-    """Refusals of `--load-hf` (another model, tensors that don't fit) and `--save-hf` (a target that is there)."""
-    problems = []
-    if spec.hf_weights is None:
-        given = [flag for flag, value in (("--load-hf", args.load_hf), ("--save-hf", args.save_hf)) if value]
-        return [f"{flag}: {args.model_arch} has no table of HuggingFace weights" for flag in given]
-    if args.save_hf_interval is not None and (args.save_hf is None or args.save_hf_interval < 1):
-        problems.append(f"--save-hf-interval {args.save_hf_interval}: needs --save-hf DIR and at least 1")
-    if args.save_hf is not None and args.save_hf_interval is None and (there := occupied(Path(args.save_hf))):
-        problems.append(f"--save-hf {args.save_hf}: {there}; give a new folder")
-    try:
-        parse_size(args.max_shard_size)
-    except ValueError as error:
-        problems.append(f"--max-shard-size {error}")
-    if args.load_hf is None:
-        return problems
-    folder = Path(args.load_hf)
-    try:
-        config = read_config(folder)
-        hf_weights_of(config, folder)
-        problems += [f"--load-hf {folder}: {problem}" for problem in spec.hf_weights.mismatches(args, config)]
-        if not problems and weights_are_here:
-            check_folder(spec.hf_weights, HfFolder.open(folder), spec.hf_config(args))
-    except ValueError as error:
-        problems.append(f"--load-hf {error}")
-    return problems
+def _names_in_folder(given: Mapping[str, Any]) -> set[str] | None:
+    """Tensors of the folder that the model's weights or numbers come from; None: there is none, or it isn't here."""
+    folder = given.get("load_hf") or given.get("hf_config")
+    return None if folder is None or not Path(folder).is_dir() else tensor_names(Path(folder))
 
 
-def _checkpoint_model(args: Namespace, spec: ModelSpec) -> list[str]:
-    """Refusals of a checkpoint whose `hf/config.json` describes another model than the flags, each with both values."""
-    load = args.load or args.pretrained_checkpoint
-    if (
-        spec.hf_weights is None
-        or not load
-        or checkpoints.choose(Path(load), args.ckpt_step, args.ckpt_format).folder is None
-    ):
-        return []
-    flag, hf = ("--load" if args.load else "--pretrained-checkpoint"), Path(load) / "hf"
-    if not (hf / "config.json").exists():
-        return []
-    try:
-        differing = spec.hf_weights.mismatches(args, read_config(hf))
-    except ValueError as error:
-        return [f"{flag} {error}"]
-    return [f"{flag} {load}: its checkpoints are of another model: {difference}" for difference in differing]
-
-
-def _processor_files(args: Namespace) -> list[str]:
-    """Refusals of values in a local `--hf-processor-path`'s files; `--load-hf`'s own are checked with its weights."""
-    folder = None if args.hf_processor_path is None else Path(args.hf_processor_path).expanduser()
-    if folder is None or not folder.is_dir() or args.hf_processor_path == args.load_hf:
-        return []
-    return [f"--hf-processor-path {folder}: {problem}" for problem in description_problems(folder)]
-
-
-def _architecture(args: Namespace) -> tuple[ModelSpec, list[str]]:
-    if args.model_arch not in MODEL_REGISTRY:
-        raise Refused([unknown_name("--model-arch", args.model_arch, MODEL_REGISTRY)])
-    spec = MODEL_REGISTRY[args.model_arch]
-    if args.hf_config is not None:
-        if args.model_variant is not None:
+def _architecture(given: Mapping[str, Any]) -> tuple[ModelSpec[Any], ModelConfig, list[str]]:
+    """The architecture, the model that a variant or a folder names, and the words that name it."""
+    arch = given.get("model_arch", DEFAULT_ARCH)
+    if arch not in MODEL_REGISTRY:
+        raise Refused([unknown_name("--model-arch", arch, MODEL_REGISTRY)])
+    spec = MODEL_REGISTRY[arch]
+    variant, folder = given.get("model_variant"), given.get("hf_config")
+    if folder is not None:
+        if variant is not None:
             raise Refused(["--hf-config and --model-variant both name an architecture; give one"])
         try:
-            return spec, spec.flags_from_hf(Path(args.hf_config))
-        except ValueError as error:
-            raise Refused([str(error)]) from error
-    variant = args.model_variant or spec.variants[0]
+            return spec, described(spec, read_config(Path(folder)), Path(folder)), ["--model-arch", arch]
+        except FolderError as error:
+            raise Refused([f"--hf-config {error}"]) from error
+    variant = variant or next(iter(spec.variants))
     if variant not in spec.variants:
         raise Refused([unknown_name("--model-variant", variant, spec.variants)])
-    return spec, spec.flags(variant)
+    return spec, spec.variants[variant], ["--model-arch", arch, "--model-variant", variant]
 
 
 class _LightParser(ArgumentParser):
@@ -484,16 +463,43 @@ class _LightParser(ArgumentParser):
         raise Refused([message])
 
 
-def _read(argv: list[str]) -> Namespace:
-    """What the preflight needs of a command line; Megatron's other flags are left to its own parser."""
+@cache
+def _light_parser() -> tuple[_LightParser, dict[str, Any]]:
+    """A parser of all flags that gives only what words say, and all flags' defaults."""
     parser = _LightParser(allow_abbrev=False, add_help=False)
     add_megatron_flags(parser)
     add_multimodal_args(parser)
-    return parser.parse_known_args(argv)[0]
+    defaults: dict[str, Any] = {}
+    for action in parser._actions:
+        defaults.setdefault(action.dest, action.default)
+        action.default = SUPPRESS
+    # `machine_flags` chooses where the user doesn't.
+    return parser, defaults | {"transformer_impl": None, "cp_comm_type": None}
 
 
-def _our_flags() -> set[str]:
-    return set(add_multimodal_args(ArgumentParser(add_help=False))._option_string_actions)
+def _read(words: Iterable[str]) -> dict[str, Any]:
+    """What flags say, by destination; nothing about flags that aren't among the words.
+
+    Raises:
+        Refused: flags that don't exist, values of another type.
+    """
+    words = list(words)
+    parser, _ = _light_parser()
+    if problems := unknown_flags(words, parser._option_string_actions):
+        raise Refused(problems)
+    return vars(parser.parse_args(words))
+
+
+def _laid_over(*layers: Mapping[str, Any]) -> Namespace:
+    """A complete command line's arguments: defaults, and over them each layer in turn."""
+    merged = dict(_light_parser()[1])
+    for layer in layers:
+        merged |= layer
+    return Namespace(**merged)
+
+
+def _as_words(values: Mapping[str, str]) -> list[str]:
+    return [word for dest, value in values.items() for word in (f"--{dest.replace('_', '-')}", value)]
 
 
 def _extend_megatron_parser(parser: ArgumentParser) -> ArgumentParser:

@@ -1,6 +1,6 @@
 """Train a vision-language model: arguments -> registry -> megatron.training.pretrain().
 
-Knows no architecture: everything that depends on `--model-arch` comes from its `ModelSpec` in `MODEL_REGISTRY`.
+Knows no architecture: everything that depends on `--model-arch` comes from its `ModelSpec`.
 Run it with torchrun, or through scripts/run_qwen35_vl.sh.
 """
 
@@ -11,10 +11,10 @@ import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import arguments
-from models import MODEL_REGISTRY, ModelSpec
+from models import ModelConfig, ModelSpec
 from runtime import lifetime, prepare, quiet_libraries
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 def model_provider(
-    spec: ModelSpec,
+    spec: ModelSpec[Any],
+    architecture: ModelConfig,
     args: Namespace,
     pre_process: bool = True,
     post_process: bool = True,
@@ -39,17 +40,16 @@ def model_provider(
 
     from runtime.meta import build_on_meta
 
-    language_config = spec.language_post_config(args, config or core_transformer_config_from_args(args))
+    language_config = config or core_transformer_config_from_args(args)
     # Pipeline stages tell each other how long a packed row is; Megatron has no flag for it.
     language_config.variable_seq_lengths = args.use_packed_sequence and args.pipeline_model_parallel_size > 1
-    vision_config = spec.vision_config(args, language_config)
     # Here, since the rank's device is set by now.
-    spec.check_kernels(args)
+    spec.check_kernels(args, architecture)
     build = partial(
         spec.build_model,
         args,
+        architecture,
         language_config,
-        vision_config,
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     prepared = prepare()
     args = arguments.parse(command_line)
-    spec = MODEL_REGISTRY[args.model_arch]
+    spec, config = command_line.spec, command_line.config
+    source = command_line.hf_source
 
     import torch
     from megatron.core.enums import ModelType
@@ -76,28 +77,33 @@ def main(argv: list[str] | None = None) -> None:
 
     from data import DATASET_PROVIDERS
     from data.loader import dataset_provider
+    from data.processor import generation_settings
     from forward_step import ForwardStep
     from runtime import checkpoints, output_folder, preemption
     from runtime.model_builder import ProvidedModelConfig
     from runtime.outputs import draw_losses, write_arguments
     from weights.job import HfExporter, load_hf
-    from weights.origin import HfOrigin, write_hf_folder
+    from weights.origin import HfOrigin, RunProcessor, write_hf_folder
 
     preemption.install(args)
     if args.rank == 0:
         output_folder.begin(args)
-    processor = DATASET_PROVIDERS[args.dataset_provider].processor(args, spec.hf_config(args))
-    origin = HfOrigin.of(args)
+    processor = DATASET_PROVIDERS[args.dataset_provider].processor(args, config.to_hf())
+    run_processor = None if processor is None else RunProcessor(processor, generation_settings(processor))
+    origin = HfOrigin.of(args, None if source is None else source.folder)
     if args.rank == 0 and args.save:
         write_arguments(args, prepared, Path(args.save) / "arguments.json")
-        write_hf_folder(Path(args.save) / "hf", spec.hf_config(args), processor, origin, with_record=True)
+        write_hf_folder(Path(args.save) / "hf", config.to_hf(), run_processor, origin, with_record=True)
     exporter = HfExporter(
         args,
+        spec,
+        config,
         origin.record,
-        lambda folder: write_hf_folder(folder, spec.hf_config(args), processor, origin, with_record=False),
+        lambda folder: write_hf_folder(folder, config.to_hf(), run_processor, origin, with_record=False),
     )
     model = ProvidedModelConfig(
-        provider=partial(model_provider, spec, args), post_wrap_hooks=[partial(load_hf, args), exporter.attach]
+        provider=partial(model_provider, spec, config, args),
+        post_wrap_hooks=[partial(load_hf, args, spec, config, source), exporter.attach],
     )
 
     if args.rank == 0 and args.load:
@@ -112,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         """Whether training went to its end; None from `record` when it was left early, with exit code 0."""
         pretrain(
             pretrain_cfg_container_from_args(args, model),
-            dataset_provider(args, spec, processor),
+            dataset_provider(args, spec.model_inputs(config), processor),
             ModelType.encoder_or_decoder,
             ForwardStep(cuda_graphs=args.cuda_graphs),
             store=store,

@@ -63,7 +63,7 @@ class DatasetProvider:
         """The processor that the samples are made with: `--hf-processor-path`'s, or the one built in the repo.
 
         Args:
-            config: the model's `config.json` (`ModelSpec.hf_config`).
+            config: the model's `config.json` (`ModelConfig.to_hf`).
         """
         if not self.needs_processor:
             return None

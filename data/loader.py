@@ -33,7 +33,7 @@ from runtime import checkpoints, lifetime
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from models.spec import ModelInputs, ModelSpec
+    from models.spec import ModelInputs
 
 # A batch's header is at most this long, so that its broadcast needs no length first.
 HEADER_BYTES = 1 << 14
@@ -284,13 +284,16 @@ class SharedReader(Iterator[Batch]):
 type Readers = tuple[Iterator[Batch] | None, Iterator[Batch] | None, Iterator[Batch] | None]
 
 
-def dataset_provider(args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None) -> Callable[..., Readers]:
+def dataset_provider(
+    args: Namespace, model_inputs: ModelInputs, processor: ProcessorMixin | None
+) -> Callable[..., Readers]:
     """What `megatron.training.pretrain` calls on every rank for its training, validation and test iterators.
 
     Every evaluation reads the same packs, the first `--eval-iters` global batches of its split.
 
     Args:
         args: resolved; read when the iterators are made, so that a loaded checkpoint's counters count.
+        model_inputs: what `ModelSpec.model_inputs` gave.
         processor: what the dataset provider's `processor` gave.
     """
     chunks: list[Readers] = []
@@ -298,9 +301,10 @@ def dataset_provider(args: Namespace, spec: ModelSpec, processor: ProcessorMixin
     def provide(target_samples: list[int | None], vp_stage: int | None = None) -> Readers:
         """Megatron calls this once, or with virtual pipelining once per model chunk; data has no target size."""
         if vp_stage is None:
-            return _build_readers(args, spec, processor)
+            return _build_readers(args, model_inputs, processor)
         if not chunks:
-            chunks.extend(_share(_build_readers(args, spec, processor), args.virtual_pipeline_model_parallel_size))
+            readers = _build_readers(args, model_inputs, processor)
+            chunks.extend(_share(readers, args.virtual_pipeline_model_parallel_size))
         return chunks[vp_stage]
 
     vars(provide)["is_distributed"] = True  # Megatron then calls it on every rank
@@ -314,14 +318,13 @@ def _share(readers: Iterable[BatchReader | None], count: int) -> list[Readers]:
 
 
 def _build_readers(
-    args: Namespace, spec: ModelSpec, processor: ProcessorMixin | None
+    args: Namespace, model_inputs: ModelInputs, processor: ProcessorMixin | None
 ) -> tuple[BatchReader | None, BatchReader | None, BatchReader | None]:
     from megatron.core import mpu
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = _ranks(device)
     with_vision = mpu.is_pipeline_first_stage(ignore_virtual=True)
-    model_inputs = spec.model_inputs(args)
     pad_token_id = processor.tokenizer.pad_token_id if processor else 0
     collate_packs = partial(
         collate,
@@ -382,9 +385,8 @@ def _build_readers(
             )
         valid.source.position = args.consumed_valid_samples
     if ranks.loads:
-        _check_shared_memory(
-            [reader for reader in (train, valid, test) if reader is not None], args, model_inputs, with_vision
-        )
+        readers = {"train": train, "validation": valid, "test": test}
+        _check_shared_memory({name: r for name, r in readers.items() if r is not None}, args, model_inputs, with_vision)
     return train, valid, test
 
 
@@ -399,18 +401,18 @@ def _static(
 
 
 def _check_shared_memory(
-    readers: list[BatchReader], args: Namespace, model_inputs: ModelInputs, with_vision: bool
+    readers: dict[str, BatchReader], args: Namespace, model_inputs: ModelInputs, with_vision: bool
 ) -> None:
     """Refuse a run whose loaders would fill /dev/shm and hang."""
     needs = {
-        reader.source.name: shared_memory.loader_bytes(
+        name: shared_memory.loader_bytes(
             reader.source.patches_of_packs(),
             micro_batch_size=reader.micro_batch_size,
             tokens=args.seq_length,
             bytes_of_patch=model_inputs.patch_dim * args.params_dtype.itemsize if with_vision else 0,
             workers=args.num_workers,
         )
-        for reader in readers
+        for name, reader in readers.items()
     }
     ranks_per_batch = args.tensor_model_parallel_size * args.context_parallel_size
     shared_memory.check(needs, shared_memory.loaders_here(ranks_per_batch))

@@ -9,17 +9,20 @@ from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
 
-from data.processor_files import VISION_TOKENS, vocab_size
+from data.processor_files import TURN_END, ProcessorFacts, contradicts, no_token
 from data.receipts.processor import processor_for
-from data.sample import TURN_END, TURN_START, image_token
+from data.sample import image_token
 from weights.schema import description_problems
+
+# Both end an answer in Qwen3.5's generation_config.json: a turn's end, and a document's.
+STOP_TOKENS = (TURN_END, "<|endoftext|>")
 
 
 def load_processor(args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin:
     """The processor of a run: `--hf-processor-path`'s, or the one built here for the model's vocabulary.
 
     Args:
-        config: the model's `config.json` (`ModelSpec.hf_config`).
+        config: the model's `config.json` (`ModelConfig.to_hf`).
 
     Raises:
         ValueError: the processor can't serve the model; the message names the flag and the fix.
@@ -37,8 +40,8 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
         flag: what gave the path, for messages.
 
     Raises:
-        ValueError: it can't be read, or lacks an image processor, an image token, turn markers or any token to
-            pad with.
+        ValueError: it can't be read, or lacks an image processor, an image token, turn markers, a chat template or any
+            token to pad with.
     """
     if Path(path).expanduser().is_dir() and (problems := description_problems(Path(path).expanduser())):
         raise ValueError(f"{flag} {path}: {'; '.join(problems)}")
@@ -50,12 +53,8 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
         raise ValueError(f"{flag} {path}: it has no image processor; give a vision-language model's")
     tokenizer = processor.tokenizer
-    vocabulary = tokenizer.get_vocab()
-    for token in (image_token(processor)[0], TURN_START, TURN_END):
-        if token not in vocabulary:
-            raise ValueError(
-                f"{flag} {path}: its tokenizer has no {token} token; give a processor of the Qwen-VL family"
-            )
+    if (token := facts_of(processor).missing_token()) is not None:
+        raise ValueError(f"{flag} {path}: {no_token(token)}")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -63,7 +62,25 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
                 "set pad_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if processor.chat_template is None:
+        # Folders of transformers 4 may have it in tokenizer_config.json alone.
+        processor.chat_template = tokenizer.chat_template
+    if processor.chat_template is None:
+        raise ValueError(f"{flag} {path}: it has no chat template; copy the one of the model that it belongs to")
     return processor
+
+
+def stop_ids(processor: ProcessorMixin) -> list[int]:
+    """Ids that end an answer, the turn's end first."""
+    tokenizer = processor.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    known = [vocabulary[token] for token in STOP_TOKENS if token in vocabulary]
+    return list(dict.fromkeys([*known, *({tokenizer.eos_token_id} - {None})]))
+
+
+def generation_settings(processor: ProcessorMixin) -> dict[str, Any]:
+    """What generation_config.json has to say for answers to end: `eos_token_id`, a list, and `pad_token_id`."""
+    return {"eos_token_id": stop_ids(processor), "pad_token_id": processor.tokenizer.pad_token_id}
 
 
 def check_processor(processor: ProcessorMixin, config: Mapping[str, Any], path: str | None) -> None:
@@ -77,27 +94,13 @@ def check_processor(processor: ProcessorMixin, config: Mapping[str, Any], path: 
     Raises:
         ValueError: naming the flag and the fix.
     """
-    if problem := contradiction(processor, config):
+    if problem := facts_of(processor).contradiction(config):
         where = "the built processor" if path is None else f"--hf-processor-path {path}"
-        raise ValueError(
-            f"{where}: {problem}; give the processor of the model that --model-variant or --hf-config names; "
-            "--image-token-id overrides the model's id of the image token and must be the processor's"
-        )
+        raise ValueError(f"{where}: {contradicts(problem)}")
 
 
-def contradiction(processor: ProcessorMixin, config: Mapping[str, Any]) -> str | None:
-    """How a processor's ids or patches differ from a model's `config.json`; None if they don't."""
-    for name, token in VISION_TOKENS.items():
-        token = image_token(processor)[0] if name == "image_token_id" else token
-        found = processor.tokenizer.get_vocab().get(token)
-        if name in config and found != config[name]:
-            return f"{token} is id {found}, the model's {name} is {config[name]}"
-    highest = max(processor.tokenizer.get_vocab().values())
-    if highest >= vocab_size(config):
-        return f"ids up to {highest} for a vocabulary of {vocab_size(config)} rows"
-    image_processor, vision = processor.image_processor, config["vision_config"]
-    theirs = (image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size)
-    ours = tuple(vision[name] for name in ("patch_size", "spatial_merge_size", "temporal_patch_size"))
-    if theirs != ours:
-        return f"patch, merge and temporal sizes {theirs}, the model's are {ours}"
-    return None
+def facts_of(processor: ProcessorMixin) -> ProcessorFacts:
+    """What `data.processor_files` reads from a folder, of a loaded processor."""
+    images = processor.image_processor
+    sizes = {name: getattr(images, name) for name in ("patch_size", "merge_size", "temporal_patch_size")}
+    return ProcessorFacts(processor.tokenizer.get_vocab(), image_token(processor)[0], sizes)

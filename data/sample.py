@@ -25,11 +25,11 @@ from torch import Tensor
 
 from data.conversation import Conversation, Message
 from data.images import PixelLimits, open_image, patch_dim, patch_grid, process_images
+from data.processor_files import TURN_END, TURN_START
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ANSWER_START = "assistant\n"
 # Qwen3.5's template puts this before an answer without reasoning. At inference the prompt brings it along
 # (enable_thinking=False), so it isn't trained; a block that holds reasoning is.

@@ -23,10 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.conversation import Conversation, Message
 from data.images import open_image
-from data.processor import contradiction, read_processor
-from data.sample import TURN_END, Sample, SampleOptions, build_sample, image_token
+from data.processor import facts_of, read_processor, stop_ids
+from data.sample import Sample, SampleOptions, build_sample, image_token
 from runtime.checkpoints import TRACKER
-from weights.check import check_folder, hf_weights_of
+from weights.check import check_folder, model_of
 from weights.checkpoint import export_checkpoint
 from weights.folder import FolderError, HfFolder, read_config
 
@@ -116,15 +116,15 @@ class HfModel:
         transformers.logging.disable_progress_bar()
         try:
             config = read_config(folder)
-            hf_weights = hf_weights_of(config, folder)  # refuses other architectures
+            spec, weights, architecture = model_of(config, folder)
             opened = HfFolder.open(folder)
-            check_folder(hf_weights, opened, config)
+            check_folder(weights, weights.as_stored(architecture, opened.shapes)[0], opened)
             if damage := list(opened.damage()):
                 raise FolderError(folder, damage)
         except FolderError as error:
             raise ValueError(f"--load {error}") from error
         processor = read_processor(str(folder), "--load")
-        if problem := contradiction(processor, config):
+        if problem := facts_of(processor).contradiction(config):
             raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")
         try:
             with contextlib.nullcontext() if has_gpu else without_gpu_kernels():
@@ -142,7 +142,7 @@ class HfModel:
         if missing := sorted(found["missing_keys"]):
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"--load {folder}: {len(missing)} weights are missing: {listed}")
-        return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor, hf_weights.model_inputs(config))
+        return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor, spec.model_inputs(architecture))
 
     def question(
         self,
@@ -187,7 +187,7 @@ class HfModel:
             temperature: 0 takes the likeliest token each time, else tokens are drawn.
         """
         tokenizer = self.processor.tokenizer
-        stops = {tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id} - {None}
+        stops = stop_ids(self.processor)
         with torch.inference_mode():
             # From GenerationMixin, which PreTrainedModel doesn't name as a base.
             generated = self.model.generate(  # type: ignore[operator]
@@ -197,7 +197,7 @@ class HfModel:
                 temperature=temperature or None,
                 top_k=None,
                 top_p=None,
-                eos_token_id=sorted(stops),
+                eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
             )
         answers = []

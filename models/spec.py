@@ -9,8 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -85,12 +84,40 @@ class ModelInputs(Protocol):
         ...
 
 
-class BuildModel(Protocol):
+class ModelConfig(Protocol):
+    """One model of an architecture: its numbers, and how they are spelled elsewhere."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        ...
+
+    def to_flags(self) -> list[str]:
+        """Megatron's flags for it, put before the user's own."""
+        ...
+
+    def with_flags(self, args: Namespace) -> Self:
+        """What explicit flags make of it.
+
+        Args:
+            args: a complete command line's, under argparse's names.
+
+        Raises:
+            ValueError: a value that no model of this architecture has; the message names the flag.
+        """
+        ...
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that every checkpoint carries."""
+        ...
+
+
+class BuildModel[C: ModelConfig](Protocol):
     def __call__(
         self,
         args: Namespace,
+        config: C,
         language_config: TransformerConfig,
-        vision_config: TransformerConfig,
         *,
         pre_process: bool,
         post_process: bool,
@@ -100,56 +127,51 @@ class BuildModel(Protocol):
 
 
 @dataclass(frozen=True)
-class HfWeights:
-    """An architecture's weights in HuggingFace folders and in checkpoints. A config is a `config.json`.
+class HfWeights[C: ModelConfig]:
+    """An architecture's weights in HuggingFace folders and in checkpoints.
 
-    model_types: values of a config's `model_type` that this is the table of.
-    mismatches: resolved flags and a folder's config -> where they disagree, each with both values.
+    model_types: values of `config.json`'s `model_type` that this is the table of.
+    differences: the model of the flags and a folder's -> where they disagree, each with both values.
+    as_stored: a config and a folder's tensor names -> the config that these bear out, and notices why it differs.
     mapping: a config and the names of a folder's tensors (none: as the released folders store them) -> the table.
     parameters: a config and a model stage of this rank -> its parameters by canonical name.
     checkpoint_slices: a config and its table -> where a `torch_dist` checkpoint keeps each canonical parameter.
     fsdp_checkpoint_slices: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
     dtype: a tensor's name -> its dtype in released folders, as safetensors spells it.
-    vocab_size: a config -> rows of the embedding.
-    model_inputs: a config -> what is computed from token ids and grids, for data that is read without a command line.
+    is_wide: a tensor's name -> whether a 16-bit run holds it in float32.
     """
 
     model_types: tuple[str, ...]
-    mismatches: Callable[[Namespace, Mapping[str, Any]], list[str]]
-    mapping: Callable[[Mapping[str, Any], Iterable[str]], WeightMap]
-    parameters: Callable[[Mapping[str, Any], nn.Module], Iterator[tuple[str, nn.Parameter]]]
-    checkpoint_slices: Callable[[Mapping[str, Any], WeightMap], Mapping[str, tuple[CheckpointSlice, ...]]]
-    fsdp_checkpoint_slices: Callable[[Mapping[str, Any], WeightMap], Mapping[str, list[tuple[CheckpointSlice, ...]]]]
+    differences: Callable[[C, C], list[str]]
+    as_stored: Callable[[C, Iterable[str]], tuple[C, list[str]]]
+    mapping: Callable[[C, Iterable[str]], WeightMap]
+    parameters: Callable[[C, nn.Module], Iterator[tuple[str, nn.Parameter]]]
+    checkpoint_slices: Callable[[C, WeightMap], Mapping[str, tuple[CheckpointSlice, ...]]]
+    fsdp_checkpoint_slices: Callable[[C, WeightMap], Mapping[str, list[tuple[CheckpointSlice, ...]]]]
     dtype: Callable[[str], str]
-    vocab_size: Callable[[Mapping[str, Any]], int]
-    model_inputs: Callable[[Mapping[str, Any]], ModelInputs]
+    is_wide: Callable[[str], bool]
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec[C: ModelConfig]:
     """One architecture. Register it with `MODEL_REGISTRY["name"] = ModelSpec(...)`.
 
-    variants: names that `--model-variant` takes, the first the default.
-    flags: variant name and the launcher's architecture overrides -> Megatron flags, put before the user's own.
-    flags_from_hf: a folder with config.json -> the same.
-    check_layout: parsed flags (argparse names of Megatron's) -> refusals, each naming the flag and the fix.
+    A run's config is made once, by the preflight: a variant's or a folder's, and what flags changed of it
+    (`ModelConfig.with_flags`). Everything below is handed that one.
+
+    variants: by the names that `--model-variant` takes, the first the default.
+    from_hf: a `config.json` -> the model that it describes. Raises ValueError, naming the key.
+    check_layout: the flags of a complete command line and the model -> refusals, each naming the flag and the fix.
     check_kernels: raises on a rank whose kernels compute wrongly; called on its device, before a stage is built.
-    hf_config: resolved arguments -> the `config.json` that every checkpoint carries.
-    vision_config: arguments and the decoder's config -> the vision encoder's config.
-    language_post_config: last word on the decoder's config, for what no Megatron flag can say.
-    build_model: builds one pipeline stage.
-    model_inputs: arguments -> what the loader's workers compute for this model, FLOPs included.
+    build_model: builds one pipeline stage. It may change `language_config` where no Megatron flag says what it needs.
+    model_inputs: what the loader's workers compute for this model, FLOPs included.
     hf_weights: HuggingFace weights in and out; None refuses `--load-hf` and `--save-hf`.
     """
 
-    variants: tuple[str, ...]
-    flags: Callable[[str], list[str]]
-    flags_from_hf: Callable[[Path], list[str]]
-    check_layout: Callable[[Namespace], list[str]]
-    check_kernels: Callable[[Namespace], None]
-    hf_config: Callable[[Namespace], dict[str, Any]]
-    vision_config: Callable[[Namespace, TransformerConfig], TransformerConfig]
-    language_post_config: Callable[[Namespace, TransformerConfig], TransformerConfig]
-    build_model: BuildModel
-    model_inputs: Callable[[Namespace], ModelInputs]
-    hf_weights: HfWeights | None = None
+    variants: Mapping[str, C]
+    from_hf: Callable[[Mapping[str, Any]], C]
+    check_layout: Callable[[Namespace, C], list[str]]
+    check_kernels: Callable[[Namespace, C], None]
+    build_model: BuildModel[C]
+    model_inputs: Callable[[C], ModelInputs]
+    hf_weights: HfWeights[C] | None = None

@@ -40,7 +40,7 @@ import arguments  # noqa: E402
 from data.batch import BatchStats  # noqa: E402
 from data.loader import dataset_provider  # noqa: E402
 from forward_step import ForwardStep  # noqa: E402
-from models import MODEL_REGISTRY  # noqa: E402
+from models import ModelConfig, ModelSpec  # noqa: E402
 from models.base import MultimodalModel  # noqa: E402
 from models.weight_map import Rank, TensorSlice, assemble, shares  # noqa: E402
 from pretrain_multimodal import model_provider  # noqa: E402
@@ -48,7 +48,7 @@ from proofs.float64 import float64  # noqa: E402
 from proofs.full_tensors import full_gradients, full_parameters  # noqa: E402
 from proofs.layouts import INITIAL, Job  # noqa: E402
 from runtime.model_builder import ProvidedModelConfig, unwrapped  # noqa: E402
-from weights.job import hf_weights, load_hf  # noqa: E402
+from weights.job import load_hf, weights_table  # noqa: E402
 
 # (HF tensor, region) -> squared norm of the difference there, elements.
 type Differences = dict[tuple[str, str], tuple[float, int]]
@@ -97,16 +97,18 @@ def run(job: Job) -> None:
 
 
 def _train(job: Job) -> None:
-    args = arguments.parse(arguments.preflight_or_exit(list(job.flags)))
-    spec = MODEL_REGISTRY[args.model_arch]
-    watch = Watch(job, args)
+    command_line = arguments.preflight_or_exit(list(job.flags), with_weights=True)
+    args = arguments.parse(command_line)
+    spec, config = command_line.spec, command_line.config
+    watch = Watch(job, args, spec, config)
     training.train_step = watch.steps(training.train_step)
     model = ProvidedModelConfig(
-        provider=partial(model_provider, spec, args), post_wrap_hooks=[partial(load_hf, args), watch.initialise]
+        provider=partial(model_provider, spec, config, args),
+        post_wrap_hooks=[partial(load_hf, args, spec, config, command_line.hf_source), watch.initialise],
     )
     pretrain(
         pretrain_cfg_container_from_args(args, model),
-        dataset_provider(args, spec, None),
+        dataset_provider(args, spec.model_inputs(config), None),
         ModelType.encoder_or_decoder,
         watch.forward_step(),
     )
@@ -117,11 +119,10 @@ def _train(job: Job) -> None:
 class Watch:
     """Looks at a run from outside: gradients before the optimizer's first step, parameters after its last."""
 
-    def __init__(self, job: Job, args: Namespace) -> None:
+    def __init__(self, job: Job, args: Namespace, spec: ModelSpec[Any], config: ModelConfig) -> None:
         self._job = job
-        spec = MODEL_REGISTRY[args.model_arch]
-        self._config = spec.hf_config(args)
-        self._weights = hf_weights(args)
+        self._config = config
+        self._weights = weights_table(spec)
         self._mapping = self._weights.mapping(self._config, ())
         self._folder = Path(job.reference)
         self._result = Result()
@@ -140,7 +141,7 @@ class Watch:
             perturb(model)
             folder = self._folder / INITIAL
             folder.mkdir()
-            (folder / "config.json").write_text(json.dumps(self._config))
+            (folder / "config.json").write_text(json.dumps(self._config.to_hf()))
             weights = assemble(self._mapping, self._shares(model))
             # In the dtype that float64's mode leaves alone.
             save_file({name: tensor.double() for name, tensor in weights.items()}, folder / WEIGHTS)

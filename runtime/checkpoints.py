@@ -230,16 +230,14 @@ def _without_place(metadata: Any) -> list[str]:
     return [key for key, offset in wanted if (key, offset) not in places]
 
 
-def problem(
-    load: Path, step: int | None, ckpt_format: str, flag: str = "--load", *, required: bool = False
-) -> str | None:
+def problem(load: Path, start: Start, ckpt_format: str, flag: str = "--load", *, required: bool = False) -> str | None:
     """Why a folder of checkpoints can't be started from, with the fix; None: it can, or there is nothing to start from.
 
     Args:
+        start: what `choose` said of `load`.
         flag: what names the folder, for the message.
         required: nothing to start from is a problem too.
     """
-    start = choose(load, step, ckpt_format)
     if start.problem is not None:
         return start.problem.replace("--load", flag, 1)
     if start.folder is None:

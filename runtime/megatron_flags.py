@@ -1,119 +1,112 @@
-"""Megatron's flags without importing Megatron, whose import takes seconds."""
+"""Megatron's flags without importing Megatron, whose import takes seconds.
+
+`megatron_flags.json` lists those of the pinned megatron-core; `python scripts/list_flags.py --rewrite` writes it from
+the installed parser, and a test compares the two.
+"""
 
 from __future__ import annotations
 
-import re
+import argparse
+import json
 from argparse import ArgumentParser
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from enum import Enum
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
-# What the preflight and the architectures read, with Megatron's own defaults (tests compare them with its parser).
-NUMBERS: dict[str, int | None] = {
-    "--num-layers": None,
-    "--hidden-size": None,
-    "--ffn-hidden-size": None,
-    "--num-attention-heads": None,
-    "--num-query-groups": 1,
-    "--kv-channels": None,
-    "--max-position-embeddings": None,
-    "--padded-vocab-size": None,
-    "--linear-conv-kernel-dim": 4,
-    "--linear-key-head-dim": 128,
-    "--linear-value-head-dim": 128,
-    "--linear-num-key-heads": 16,
-    "--linear-num-value-heads": 32,
-    "--rotary-base": 10000,
-    "--mtp-num-layers": None,
-    "--num-experts": None,
-    "--moe-router-topk": 2,
-    "--moe-ffn-hidden-size": None,
-    "--moe-shared-expert-intermediate-size": None,
-    "--tensor-model-parallel-size": 1,
-    "--pipeline-model-parallel-size": 1,
-    "--context-parallel-size": 1,
-    "--expert-model-parallel-size": 1,
-    "--expert-tensor-parallel-size": None,
-    "--decoder-first-pipeline-num-layers": None,
-    "--decoder-last-pipeline-num-layers": None,
-    "--num-layers-per-virtual-pipeline-stage": None,
-    "--num-virtual-stages-per-pipeline-rank": None,
-    "--micro-batch-size": None,
-    "--global-batch-size": None,
-    "--seq-length": None,
-    "--ckpt-step": None,
-    "--save-retain-interval": None,
+FILE = Path(__file__).with_name("megatron_flags.json")
+
+_ACTIONS: dict[str, Any] = {
+    "store": "store",
+    "store_true": "store_true",
+    "store_false": "store_false",
+    "boolean": argparse.BooleanOptionalAction,
 }
-_SWITCHES = (
-    "--group-query-attention",
-    "--untie-embeddings-and-output-weights",
-    "--sequence-parallel",
-    "--account-for-embedding-in-pipeline-split",
-    "--account-for-loss-in-pipeline-split",
-    "--use-megatron-fsdp",
-    "--init-model-with-meta-device",
-    "--exit-on-missing-checkpoint",
-    "--async-save",
-    "--finetune",
-)
-_TEXTS: dict[str, str | None] = {
-    "--linear-attention-freq": None,
-    "--pipeline-model-parallel-layout": None,
-    "--ckpt-format": "torch_dist",
-    "--load": None,
-    "--pretrained-checkpoint": None,
-    "--save": None,
-    "--tensorboard-dir": None,
-    "--wandb-project": None,
-}
-
-REQUIRED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size")
-MAY_BE_ZERO = ("--num-experts", "--mtp-num-layers")
-
-# Files of the megatron package that define flags: literally, or as the fields of a configuration.
-_SOURCES = (
-    "training/arguments.py",
-    "training/config/*.py",
-    "core/fault_injector.py",
-    "core/model_parallel_config.py",
-    "core/transformer/transformer_config.py",
-)
+_TYPES: dict[str, type] = {"int": int, "float": float, "text": str}
 
 
-def add_megatron_flags(parser: ArgumentParser) -> None:
-    """Give a light parser the flags of Megatron's that the checks read, under Megatron's names.
+@dataclass(frozen=True)
+class Flag:
+    """One of Megatron's flags, as its parser has it.
 
-    `cp_comm_type` and `transformer_impl` are None when not given: `arguments.machine_flags` chooses.
+    names: all spellings, the usual one first.
+    dest: the attribute of the parsed arguments.
+    action: what it does with its value; "boolean" has a `--no-` form too.
+    type: of one value; "text" is also what Megatron reads with a function of its own (patterns, lists, enumerations).
+    nargs: as argparse has it.
+    choices: what a value may be.
+    default: members of enumerations by their name.
     """
-    for flag, default in NUMBERS.items():
-        parser.add_argument(flag, type=int, default=default)
-    for flag in _SWITCHES:
-        parser.add_argument(flag, action="store_true")
-    for flag, text in _TEXTS.items():
-        parser.add_argument(flag, default=text)
-    parser.add_argument("--rotary-percent", type=float, default=1.0)
-    parser.add_argument("--init-method-std", type=float, default=0.02)
-    parser.add_argument("--norm-epsilon", dest="layernorm_epsilon", type=float, default=1e-5)
-    parser.add_argument("--mrope-section", type=int, nargs="+", default=None)
-    parser.add_argument("--cp-comm-type", nargs="+", default=None)
-    parser.add_argument("--recompute-modules", nargs="+", default=None)
-    parser.add_argument("--transformer-impl", default=None)
+
+    names: tuple[str, ...]
+    dest: str
+    action: Literal["store", "store_true", "store_false", "boolean"]
+    type: Literal["int", "float", "text"] | None
+    nargs: int | str | None
+    choices: tuple[Any, ...] | None
+    default: Any
+
+    @classmethod
+    def of(cls, action: argparse.Action) -> Flag:
+        """Describe one action of Megatron's parser.
+
+        Raises:
+            TypeError: an action of another kind.
+        """
+        kinds: dict[type, Any] = {
+            argparse._StoreAction: "store",
+            argparse._StoreTrueAction: "store_true",
+            argparse._StoreFalseAction: "store_false",
+            argparse.BooleanOptionalAction: "boolean",
+        }
+        if type(action) not in kinds:
+            raise TypeError(f"{action.option_strings}: {type(action).__name__} isn't known here")
+        kind = kinds[type(action)]
+        value_type = {int: "int", float: "float"}.get(action.type, "text") if kind == "store" else None  # type: ignore[call-overload]
+        choices = None if action.choices is None else tuple(_plain(choice) for choice in action.choices)
+        nargs = action.nargs if kind == "store" else None
+        return cls(tuple(action.option_strings), action.dest, kind, value_type, nargs, choices, _plain(action.default))
+
+    def add_to(self, parser: ArgumentParser) -> None:
+        settings: dict[str, Any] = {"dest": self.dest, "action": _ACTIONS[self.action], "default": self.default}
+        if self.type is not None:
+            settings |= {"type": _TYPES[self.type], "nargs": self.nargs, "choices": self.choices}
+        names = self.names if self.action != "boolean" else self.names[:1]  # argparse makes the --no- form itself
+        parser.add_argument(*names, **settings)
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, Enum) else value
+
+
+def describe(parser: ArgumentParser) -> list[Flag]:
+    """All flags of Megatron's parser besides `--help`, in its order."""
+    return [Flag.of(action) for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+
+
+def write(flags: Iterable[Flag], file: Path) -> None:
+    """One flag a line, so that another version of megatron-core shows as a readable difference."""
+    lines = ",\n".join(json.dumps(asdict(flag)) for flag in flags)
+    file.write_text(f"[\n{lines}\n]\n")
 
 
 @cache
-def known_flags() -> frozenset[str]:
-    """Every flag of the installed Megatron, read from its sources; a few too many, none missing."""
-    package = find_spec("megatron")  # a namespace: finding a module inside would import it
-    folders = [] if package is None else map(Path, package.submodule_search_locations or [])
-    root = next((folder for folder in folders if (folder / "training/arguments.py").is_file()), None)
-    if root is None:
-        raise ModuleNotFoundError("megatron-core isn't installed; scripts/env.sh makes an environment that has it")
-    flags: set[str] = {"-h", "--help"}
-    for path in (path for pattern in _SOURCES for path in root.glob(pattern)):
-        text = path.read_text()
-        for name in re.findall(r"""["']--([a-z][\w-]*)["']""", text):
-            flags |= {f"--{name}", f"--no-{name}"}  # the second is argparse's BooleanOptionalAction
-        for field, is_on in re.findall(r"^    ([a-z]\w*) *:(.*True)?", text, flags=re.MULTILINE):
-            name = field.replace("_", "-")
-            flags |= {f"--no-{name}", f"--disable-{name}"} if is_on else {f"--{name}"}
-    return frozenset(flags)
+def megatron_flags() -> tuple[Flag, ...]:
+    """The list of the repository."""
+    listed: list[dict[str, Any]] = json.loads(FILE.read_text())
+    # JSON has lists for tuples.
+    tuples = ({name: tuple(each[name]) for name in ("names", "choices") if each[name] is not None} for each in listed)
+    return tuple(Flag(**{**each, **changed}) for each, changed in zip(listed, tuples, strict=True))
+
+
+def dest_of(flag: str) -> str:
+    """argparse's rule for the attribute that holds a flag's value."""
+    return flag[2:].replace("-", "_")
+
+
+def add_megatron_flags(parser: ArgumentParser) -> None:
+    """Give a parser all of Megatron's flags, under Megatron's names, types and defaults."""
+    for flag in megatron_flags():
+        flag.add_to(parser)

@@ -7,7 +7,6 @@ and the fix. What only one architecture knows is in its `ModelSpec.check_layout`
 from __future__ import annotations
 
 import os
-import re
 from argparse import Namespace
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from runtime import checkpoints, launch_environment, output_folder
 from runtime.machine import Machine
-from runtime.megatron_flags import MAY_BE_ZERO, NUMBERS, REQUIRED, known_flags
+from runtime.megatron_flags import dest_of
 
 # Megatron features that the harness doesn't build. One line each: delete it when that changes.
 UNSUPPORTED = {
@@ -37,16 +36,46 @@ UNSUPPORTED = {
     "--use-mup": "the output layer's logits aren't scaled",
 }
 
-# Megatron's own choices (training/config/training_config.py).
-CKPT_FORMATS = ("torch_dist", "fsdp_dtensor", "torch", "torch_dcp")
+# Flags that no check could compute without, and those whose 0 says "none"; all numbers of layers, sizes and ranks that
+# the checks read have to be at least 1.
+_REQUIRED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size")
+_MAY_BE_ZERO = ("--num-experts", "--mtp-num-layers")
+_SIZES = (
+    *_REQUIRED,
+    *_MAY_BE_ZERO,
+    "--ffn-hidden-size",
+    "--num-query-groups",
+    "--kv-channels",
+    "--max-position-embeddings",
+    "--padded-vocab-size",
+    "--linear-conv-kernel-dim",
+    "--linear-key-head-dim",
+    "--linear-value-head-dim",
+    "--linear-num-key-heads",
+    "--linear-num-value-heads",
+    "--rotary-base",
+    "--moe-router-topk",
+    "--moe-ffn-hidden-size",
+    "--moe-shared-expert-intermediate-size",
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--context-parallel-size",
+    "--expert-model-parallel-size",
+    "--expert-tensor-parallel-size",
+    "--decoder-first-pipeline-num-layers",
+    "--decoder-last-pipeline-num-layers",
+    "--num-layers-per-virtual-pipeline-stage",
+    "--num-virtual-stages-per-pipeline-rank",
+    "--global-batch-size",
+    "--ckpt-step",
+    "--save-retain-interval",
+)
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-
-def unknown_flags(command_line: list[str], ours: Iterable[str]) -> list[str]:
+def unknown_flags(words: Iterable[str], known: Iterable[str]) -> list[str]:
     """Refusals of misspelt flags, which Megatron's own parser would find only after its import, on every rank."""
-    known = known_flags() | set(ours)
-    given = dict.fromkeys(word.split("=", 1)[0] for word in command_line if word.startswith("--"))
+    known = set(known)
+    given = dict.fromkeys(word.split("=", 1)[0] for word in words if word.startswith("--"))
     return [
         f"{flag}: no such flag{f'; did you mean {guesses[0]}?' if guesses else ''}"
         for flag in given
@@ -58,26 +87,30 @@ def unknown_flags(command_line: list[str], ours: Iterable[str]) -> list[str]:
 def unusable_sizes(args: Namespace) -> list[str]:
     """Refusals of numbers that no check could compute with: missing ones and those below 1."""
     problems = []
-    for flag in NUMBERS:
-        value = vars(args)[flag[2:].replace("-", "_")]
-        if value is None and flag in REQUIRED:
+    for flag in _SIZES:
+        value = vars(args)[dest_of(flag)]
+        least = int(flag not in _MAY_BE_ZERO)
+        if value is None and flag in _REQUIRED:
             problems.append(f"{flag} is missing")
-        elif value is not None and value < (flag not in MAY_BE_ZERO):
-            problems.append(f"{flag} {value}: has to be at least {int(flag not in MAY_BE_ZERO)}")
+        elif value is not None and value < least:
+            problems.append(f"{flag} {value}: has to be at least {least}")
     return problems
 
 
-def refusals(args: Namespace, command_line: list[str], machine: Machine, world_size: int) -> list[str]:
+def refusals(
+    args: Namespace, given: Iterable[str], start: checkpoints.Start, machine: Machine, world_size: int
+) -> list[str]:
     """Everything wrong with the flags by Megatron's rules and this machine's, each with its fix.
 
     Args:
         args: the effective flags as `arguments` reads them.
-        command_line: the same, unread, for flags that the harness doesn't build.
+        given: destinations of the flags that the user gave.
+        start: which checkpoint `--load` means.
         machine: what is installed.
         world_size: ranks of the whole job.
     """
     return [
-        *_unsupported(command_line),
+        *_unsupported(given),
         *_machine(args, machine),
         *_world(args, world_size),
         *_attention_heads(args),
@@ -85,11 +118,10 @@ def refusals(args: Namespace, command_line: list[str], machine: Machine, world_s
         *_sequence(args),
         *_experts(args, world_size),
         *_pipeline(args),
-        *_checkpoint(args),
-        *_cuda_graphs(args, command_line, machine),
+        *_checkpoint(args, start),
+        *_cuda_graphs(args, given, machine),
         *output_folder.problems(args),
         *launch_environment.problems(world_size),
-        *_processor(args),
     ]
 
 
@@ -114,9 +146,9 @@ def _kv_heads(args: Namespace) -> int:
     return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
-def _unsupported(command_line: list[str]) -> list[str]:
-    given = {word.split("=", 1)[0] for word in command_line}
-    return [f"{flag}: not supported; {why}" for flag, why in UNSUPPORTED.items() if flag in given]
+def _unsupported(given: Iterable[str]) -> list[str]:
+    given = set(given)
+    return [f"{flag}: not supported; {why}" for flag, why in UNSUPPORTED.items() if dest_of(flag) in given]
 
 
 def _machine(args: Namespace, machine: Machine) -> list[str]:
@@ -188,13 +220,12 @@ _NOT_IN_GRAPHS = {
     "--recompute-granularity": "recomputation restores random states, which can't be captured",
     "--recompute-vision": "recomputation restores random states, which can't be captured",
     "--fp16": "the loss scale would be fixed",
-    "--num-experts": "the host has to know how many tokens each expert gets",
     "--cuda-graph-impl": "these are the harness's own graphs",
 }
 
 
-def _cuda_graphs(args: Namespace, command_line: list[str], machine: Machine) -> list[str]:
-    given = {word.split("=", 1)[0] for word in command_line}
+def _cuda_graphs(args: Namespace, given: Iterable[str], machine: Machine) -> list[str]:
+    given = set(given)
     problems = []
     if args.fuse_weight_gradients and args.use_megatron_fsdp:
         problems.append("--fuse-weight-gradients: Megatron-FSDP's gradient buffers aren't added to; drop one")
@@ -206,6 +237,8 @@ def _cuda_graphs(args: Namespace, command_line: list[str], machine: Machine) -> 
         problems.append("--cuda-graphs: rows are documents packed to one length; add --use-packed-sequence")
     if args.max_patches_per_pack is None:
         problems.append("--cuda-graphs: images are padded to a number of patches; give it with --max-patches-per-pack")
+    if args.num_experts:
+        problems.append("--cuda-graphs: the host has to know how many tokens each expert gets; take a dense variant")
     for flag, size in (
         ("--tensor-model-parallel-size", args.tensor_model_parallel_size),
         ("--pipeline-model-parallel-size", args.pipeline_model_parallel_size),
@@ -214,9 +247,7 @@ def _cuda_graphs(args: Namespace, command_line: list[str], machine: Machine) -> 
         if size > 1:
             problems.append(f"--cuda-graphs with {flag} {size}: not built; drop one")
     return problems + [
-        f"--cuda-graphs with {flag}: {why}; drop one"
-        for flag, why in _NOT_IN_GRAPHS.items()
-        if flag in given and not (flag == "--num-experts" and not args.num_experts)
+        f"--cuda-graphs with {flag}: {why}; drop one" for flag, why in _NOT_IN_GRAPHS.items() if dest_of(flag) in given
     ]
 
 
@@ -362,9 +393,7 @@ def _pipeline(args: Namespace) -> list[str]:
     return problems
 
 
-def _checkpoint(args: Namespace) -> list[str]:
-    if args.ckpt_format not in CKPT_FORMATS:
-        return [f"{unknown_name('--ckpt-format', args.ckpt_format, CKPT_FORMATS)} (CKPT_FORMAT)"]
+def _checkpoint(args: Namespace, start: checkpoints.Start) -> list[str]:
     problems = []
     if args.use_megatron_fsdp != (args.ckpt_format == "fsdp_dtensor"):
         wanted = "fsdp_dtensor" if args.use_megatron_fsdp else "torch_dist"
@@ -381,7 +410,7 @@ def _checkpoint(args: Namespace) -> list[str]:
         problems.append("--use-megatron-fsdp: unset the environment's CUDA_DEVICE_MAX_CONNECTIONS=1")
     # One rank's look into the files is enough: all of them stop with it.
     if os.environ.get("RANK", "0") == "0":
-        problems += _start(args)
+        problems += _start(args, start)
     if args.keep_last is not None and args.keep_last < 1:
         problems.append(f"--keep-last {args.keep_last}: has to be at least 1 (KEEP_LAST)")
     if args.keep_last is not None and args.save_retain_interval is not None:
@@ -389,43 +418,19 @@ def _checkpoint(args: Namespace) -> list[str]:
     return problems
 
 
-def _start(args: Namespace) -> list[str]:
+def _start(args: Namespace, start: checkpoints.Start) -> list[str]:
     """Refusals of the checkpoint that the run starts from: what isn't there, isn't whole or names code."""
     found = []
-    load, pretrained, step = args.load, args.pretrained_checkpoint, args.ckpt_step
+    load, pretrained = args.load, args.pretrained_checkpoint
     if load:
         required = args.exit_on_missing_checkpoint and not pretrained
-        found.append(checkpoints.problem(Path(load), step, args.ckpt_format, "--load", required=required))
+        found.append(checkpoints.problem(Path(load), start, args.ckpt_format, "--load", required=required))
     # Megatron takes it where --load has no checkpoint.
-    if pretrained and (not load or checkpoints.choose(Path(load), step, args.ckpt_format).folder is None):
-        folder = Path(pretrained)
-        found.append(checkpoints.problem(folder, step, args.ckpt_format, "--pretrained-checkpoint", required=True))
+    if pretrained and start.folder is None:
+        first = checkpoints.choose(Path(pretrained), args.ckpt_step, args.ckpt_format)
+        flag = "--pretrained-checkpoint"
+        found.append(checkpoints.problem(Path(pretrained), first, args.ckpt_format, flag, required=True))
     return [problem for problem in found if problem is not None]
-
-
-def _processor(args: Namespace) -> list[str]:
-    path = args.hf_processor_path
-    if path is None:
-        return []
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        files = ("preprocessor_config.json", "processor_config.json")
-        if any((folder / name).is_file() for name in files):
-            return []
-        return [
-            f"--hf-processor-path {path}: the folder has neither {' nor '.join(files)}; name a HF processor's folder"
-        ]
-    if not HUB_NAME.fullmatch(path) or path.startswith("."):
-        return [f"--hf-processor-path {path}: no such folder; without the flag the harness builds its own processor"]
-    if os.environ.get("HF_HUB_OFFLINE") == "1" and not _in_hub_cache(path):
-        return [f"--hf-processor-path {path}: not in the hub's cache, and HF_HUB_OFFLINE=1 forbids fetching it"]
-    return []
-
-
-def _in_hub_cache(name: str) -> bool:
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    return (cache / f"models--{name.replace('/', '--')}").is_dir()
 
 
 def _divisors(number: int) -> list[int]:

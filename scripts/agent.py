@@ -1,6 +1,6 @@
 """torchrun that gives its ranks time to save when the job is to end.
 
-    python scripts/agent.py [torchrun's flags] SCRIPT [its flags]
+    python scripts/agent.py --standalone --nproc-per-node 8 pretrain_multimodal.py FLAGS     as torchrun
 
 torchrun kills its ranks 30 seconds after a SIGTERM, which no large checkpoint is written in. Here SIGTERM is passed on
 to the ranks alone, which save and end by themselves (runtime/preemption.py), and torchrun goes on watching them: exit

@@ -168,12 +168,11 @@ def measure_ours(options: Namespace, measurement: Measurement) -> None:
 
     from data.loader import dataset_provider
     from forward_step import ForwardStep
-    from models import MODEL_REGISTRY
     from pretrain_multimodal import model_provider
     from runtime.model_builder import ProvidedModelConfig
     from runtime.profile_summary import HostTimes
 
-    spec = MODEL_REGISTRY[args.model_arch]
+    spec, config = command_line.spec, command_line.config
     clock = Clock(options, measurement)
 
     class CountingForwardStep(ForwardStep):
@@ -193,10 +192,10 @@ def measure_ours(options: Namespace, measurement: Measurement) -> None:
         return outcome
 
     training.train_step = timed
-    model = ProvidedModelConfig(provider=partial(model_provider, spec, args), post_wrap_hooks=[])
+    model = ProvidedModelConfig(provider=partial(model_provider, spec, config, args), post_wrap_hooks=[])
     pretrain(
         pretrain_cfg_container_from_args(args, model),
-        dataset_provider(args, spec, None),
+        dataset_provider(args, spec.model_inputs(config), None),
         ModelType.encoder_or_decoder,
         CountingForwardStep(cuda_graphs=args.cuda_graphs),
         store=torch.distributed.HashStore(),

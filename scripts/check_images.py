@@ -63,14 +63,14 @@ def evaluate(checkpoint: Path) -> None:
     import arguments
     from data import DATASET_PROVIDERS
     from data.dataset import ConversationDataset
-    from models import MODEL_REGISTRY
     from runtime import prepare
 
     flags = ["--model-variant", "tiny", "--dataset-provider", "receipts", "--load", str(checkpoint), "--finetune"]
     flags += ["--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint", "--use-packed-sequence"]
     flags += ["--micro-batch-size", "1", "--seq-length", str(SEQ_LEN), "--train-iters", "1", "--lr", "0"]
     prepare()
-    args = arguments.parse(arguments.preflight_or_exit(flags))
+    command_line = arguments.preflight_or_exit(flags)
+    args = arguments.parse(command_line)
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import get_model
@@ -79,13 +79,13 @@ def evaluate(checkpoint: Path) -> None:
 
     store = torch.distributed.HashStore()
     initialize_megatron(allow_no_cuda=True, store=store)
-    spec = MODEL_REGISTRY[args.model_arch]
-    model = get_model(partial(model_provider, spec, args), wrap_with_ddp=False)
+    spec, config = command_line.spec, command_line.config
+    model = get_model(partial(model_provider, spec, config, args), wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     model = model[0].eval()
     test = DATASET_PROVIDERS["receipts"]
-    inputs = spec.model_inputs(args)
-    dataset = test.build(args, "test", test.processor(args, spec.hf_config(args)), inputs)
+    inputs = spec.model_inputs(config)
+    dataset = test.build(args, "test", test.processor(args, config.to_hf()), inputs)
     assert isinstance(dataset, ConversationDataset)
     pad_token_id = dataset.processor.tokenizer.pad_token_id
     losses = {

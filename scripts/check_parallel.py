@@ -166,7 +166,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # while it starts; a rank takes its share of the cores
     if args.dtype == "float32":
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine's router product would round to 10 bits
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of what isn't installed; a rank's log has its own
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")  # of what isn't installed; a rank's log has its own
     print(f"{args.variant}, {args.dtype}, {args.steps} steps of {args.optimizer}; logs in {comparison.folder}")
     print(_row(*COLUMNS))
     results: dict[str, dict[str, Any]] = {}

@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="The new folder")
     parser.add_argument("--iteration", type=int, default=None, help="Which; default: the latest")
     parser.add_argument("--max-shard-size", default="5GB", help="Size of a safetensors file at most, 5GB or 300MB")
+    parser.add_argument("--no-check", action="store_true", help="Leave out scripts/check_export.py's check at the end")
     args = parser.parse_args()
 
     from weights.checkpoint import export_checkpoint
@@ -31,7 +32,16 @@ def main() -> None:
         export_checkpoint(args.load, args.output, iteration=args.iteration, max_shard_size=size)
     except ValueError as error:
         sys.exit(f"Refused: {error}")
-    print(f"wrote {args.output}")
+    print(f"wrote {args.output}", flush=True)
+    if args.no_check:
+        return
+    from runtime import quiet_libraries
+
+    quiet_libraries()
+    from evaluation.export_check import report
+
+    if not report(args.output):
+        sys.exit(f"{args.output} has the checkpoint's weights; a server would trip over the problems above")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ environment=(env CUDA_DEVICE_MAX_CONNECTIONS=1)
 ((USE_FSDP)) && environment=(env -u CUDA_DEVICE_MAX_CONNECTIONS)
 threads=$((gpus > 0 || $(nproc) < GPUS_PER_NODE ? 1 : $(nproc) / GPUS_PER_NODE))
 environment+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}" TOKENIZERS_PARALLELISM=false
-    "PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}")
+    "SAVE_SECONDS=${SAVE_SECONDS:-}" "PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}")
 
 "${environment[@]}" WORLD_SIZE="$world" RANK="${RANK:-$NODE_RANK}" python "$root/arguments.py" "${flags[@]}" "$@"
 [[ " $* " =~ " "(-h|--help)" " ]] && exit # it has been shown

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from models.qwen35_vl.configuration import Qwen35VLConfig
+
+if TYPE_CHECKING:
+    from arguments import CommandLine
 
 # Megatron insists on these; the parity tests' sequences have any length.
 REQUIRED_FLAGS = ("--micro-batch-size", "1", "--seq-length", "64", "--train-iters", "1", "--lr", "1e-4")
@@ -17,13 +19,13 @@ REQUIRED_FLAGS = ("--micro-batch-size", "1", "--seq-length", "64", "--train-iter
 MOE_FLAGS = ("--moe-aux-loss-coeff", "0")
 
 
-def resolve_flags(architecture: Qwen35VLConfig, folder: Path, *flags: str) -> Namespace:
-    """Arguments of an architecture, by way of a config.json in `folder`."""
+def command_line_of(architecture: Qwen35VLConfig, folder: Path, *flags: str) -> CommandLine:
+    """The checked command line of an architecture, by way of a config.json in `folder`."""
     import arguments
 
     (folder / "config.json").write_text(json.dumps(architecture.to_hf()))
     moe = MOE_FLAGS if architecture.is_moe else ()
-    return arguments.resolve(arguments.preflight_or_exit(["--hf-config", str(folder), *REQUIRED_FLAGS, *moe, *flags]))
+    return arguments.preflight_or_exit(["--hf-config", str(folder), *REQUIRED_FLAGS, *moe, *flags])
 
 
 def build_model(
@@ -44,12 +46,14 @@ def build_model(
     """
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from models import MODEL_REGISTRY
+    import arguments
     from pretrain_multimodal import model_provider
 
-    args = resolve_flags(architecture, folder, *flags)
+    command_line = command_line_of(architecture, folder, *flags)
+    args = arguments.resolve(command_line)
     config = core_transformer_config_from_args(args)
     for name, value in {"params_dtype": dtype, **settings}.items():
         setattr(config, name, value)
-    spec = MODEL_REGISTRY[args.model_arch]
-    return model_provider(spec, args, pre_process=pre_process, post_process=post_process, config=config)
+    return model_provider(
+        command_line.spec, command_line.config, args, pre_process=pre_process, post_process=post_process, config=config
+    )

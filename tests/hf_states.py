@@ -29,7 +29,7 @@ def load_hf_state(
         WeightMismatch: see `models.weight_map.fill`.
     """
     mapping = weight_map(config, storage or ExpertStorage.detect(hf_state)).part(prefix)
-    fill(mapping, canonical_parameters(model, config, prefix), Rank.of(model.pg_collection), hf_state)
+    fill(mapping, canonical_parameters(config, model, prefix), Rank.of(model.pg_collection), hf_state)
 
 
 def hf_shares(
@@ -40,7 +40,7 @@ def hf_shares(
     prefix: str = "",
 ) -> Iterator[tuple[TensorSlice, Tensor]]:
     """This rank's share of the HF tensors; `models.weight_map.assemble` puts those of all ranks together."""
-    return shares(mapping, canonical_parameters(model, config, prefix), Rank.of(model.pg_collection), value)
+    return shares(mapping, canonical_parameters(config, model, prefix), Rank.of(model.pg_collection), value)
 
 
 def export_hf_state(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[1]
 # A rank that takes its time to save when it is told to, and fails or ends well.
 RANK = """

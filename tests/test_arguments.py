@@ -6,14 +6,15 @@ import json
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import arguments
-from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from models.qwen35_vl.configuration import VARIANTS
 from runtime.machine import detect
-from runtime.megatron_flags import add_megatron_flags, known_flags
+from runtime.megatron_flags import add_megatron_flags, describe, megatron_flags
 from runtime.preflight import UNSUPPORTED
 
 ROOT = Path(__file__).parents[1]
@@ -47,29 +48,17 @@ def test_importing_arguments_is_light() -> None:
     assert run.stdout.strip() == "light"
 
 
+def test_the_list_of_flags_is_megatron_s(megatron_parser: ArgumentParser) -> None:
+    """`python scripts/list_flags.py --rewrite` makes it so."""
+    assert megatron_flags() == tuple(describe(megatron_parser))
+
+
 def test_light_parser_reads_what_megatron_reads(megatron_parser: ArgumentParser) -> None:
+    """Names, destinations, kinds and defaults of argparse's own actions."""
     light = ArgumentParser(add_help=False)
     add_megatron_flags(light)
-    chosen_by_us = {"cp_comm_type", "transformer_impl"}  # None when not given
-    for action in light._actions:
-        theirs = megatron_parser._option_string_actions[action.option_strings[0]]
-        assert (action.dest, action.nargs, type(action)) == (theirs.dest, theirs.nargs, type(theirs))
-        assert action.default == theirs.default or action.dest in chosen_by_us
-        assert (
-            action.type == theirs.type
-            or {action.type, theirs.type} <= {None, str}
-            or action.dest
-            == (
-                "linear_attention_freq"  # a number or a list; the preflight refuses lists
-            )
-        )
-    assert set(UNSUPPORTED) <= set(megatron_parser._option_string_actions)
-
-
-def test_known_flags_miss_none(megatron_parser: ArgumentParser) -> None:
-    theirs = set(megatron_parser._option_string_actions)
-    assert theirs <= known_flags()
-    assert len(known_flags()) < 3 * len(theirs)  # a few too many is fine, everything is not
+    assert describe(light) == describe(megatron_parser)
+    assert {flag for flag in UNSUPPORTED} <= set(light._option_string_actions)
 
 
 def test_our_flags_are_not_megatrons(megatron_parser: ArgumentParser) -> None:
@@ -84,7 +73,7 @@ def test_variant_arrives_whole(variant: str) -> None:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     args = resolve("--model-variant", variant)
-    assert Qwen35VLConfig.from_args(args) == VARIANTS[variant]
+    assert VARIANTS[variant].with_flags(args) == VARIANTS[variant]
     config = core_transformer_config_from_args(args)
     assert config.num_moe_experts == VARIANTS[variant].num_experts
     assert config.experimental_attention_variant == "gated_delta_net"
@@ -95,11 +84,11 @@ def test_variant_arrives_whole(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["0.8b", "397b_a17b", "tiny_moe"])
 def test_hf_folder_gives_the_same_flags(variant: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(VARIANTS[variant].to_hf()))
-    args = resolve("--hf-config", str(tmp_path), "--vision-num-layers", "3")
-    assert Qwen35VLConfig.from_args(args).to_hf() | {"vision_config": None} == (
-        VARIANTS[variant].to_hf() | {"vision_config": None}
-    )
-    assert Qwen35VLConfig.from_args(args).vision.num_layers == 3
+    flags = [*BASE, "--hf-config", str(tmp_path), "--vision-num-layers", "3"]
+    command_line = arguments.preflight_or_exit(flags)
+    expected = VARIANTS[variant].replace(vision=replace(VARIANTS[variant].vision, num_layers=3))
+    assert command_line.config == expected
+    assert VARIANTS[variant].with_flags(arguments.resolve(command_line)) == expected
 
 
 def test_explicit_flags_win() -> None:
@@ -112,7 +101,7 @@ def test_explicit_flags_win() -> None:
         "padded_vocab_size": 2048,
     }
     flags = [text for name, value in explicit.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    config = Qwen35VLConfig.from_args(resolve("--model-variant", "tiny", *flags))
+    config = VARIANTS["tiny"].with_flags(resolve("--model-variant", "tiny", *flags))
     assert (config.num_layers, config.num_attention_heads, config.rotary_base) == (8, 8, 5)
     assert (config.vision.num_layers, config.token_ids.image, config.vocab_size) == (1, 7, 2048)
     assert config.hidden_size == VARIANTS["tiny"].hidden_size
@@ -129,7 +118,7 @@ def test_no_experts_makes_a_variant_dense() -> None:
 
     args = resolve("--model-variant", "35b_a3b", "--num-experts", "0")
     dense = VARIANTS["35b_a3b"].dense_ffn_hidden_size
-    assert Qwen35VLConfig.from_args(args) == VARIANTS["35b_a3b"].replace(
+    assert VARIANTS["35b_a3b"].with_flags(args) == VARIANTS["35b_a3b"].replace(
         num_experts=None,
         ffn_hidden_size=dense,
         moe_router_topk=None,
@@ -144,7 +133,7 @@ def test_no_experts_makes_a_variant_dense() -> None:
 def test_no_mtp() -> None:
     args = resolve("--model-variant", "tiny", "--mtp-num-layers", "0")
     assert args.mtp_num_layers is None  # 0 would lose the decoder's final norm in megatron-core
-    assert Qwen35VLConfig.from_args(args).mtp_num_layers == 0
+    assert VARIANTS["tiny"].with_flags(args).mtp_num_layers == 0
 
 
 @pytest.mark.parametrize(("variant", "ranks"), [("9b", 1), ("9b", 8), ("397b_a17b", 8), ("tiny", 4)])

@@ -61,7 +61,7 @@ def die(folder: Path, how: str, launcher: list[str], *flags: str) -> tuple[int, 
     environment[MARK] = str(folder)
     command = [sys.executable, *launcher, str(program), how, "--model-variant", "tiny", *FLAGS, "--train-iters", "50"]
     with open(folder / "log", "w+") as log:
-        run = subprocess.run([*command, *flags], env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=300)
+        run = subprocess.run([*command, *flags], env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=900)
         end = time.time()
         log.seek(0)
         printed = log.read()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-import arguments
 from arguments import Refused, preflight
-from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from models.qwen35_vl.configuration import VARIANTS
 from runtime.machine import Machine
 from tests.hf_folders import random_tensors, write_folder
 
@@ -26,8 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def accepted(*flags: str) -> object:
-    return arguments._read(preflight([*SIZES, *flags], CPU, 1))
+def accepted(*flags: str) -> Namespace:
+    return preflight([*SIZES, *flags], CPU, 1).args
 
 
 def refused(*flags: str) -> str:
@@ -37,9 +37,9 @@ def refused(*flags: str) -> str:
 
 
 def test_a_folder_gives_the_architecture(folder: Path) -> None:
-    args = accepted("--load-hf", str(folder))
-    assert Qwen35VLConfig.from_args(args) == VARIANTS["tiny_moe"]
-    assert args.hf_processor_path is None
+    command_line = preflight([*SIZES, "--load-hf", str(folder)], CPU, 1)
+    assert command_line.config == VARIANTS["tiny_moe"]
+    assert command_line.args.hf_processor_path is None
 
 
 def test_a_folder_gives_the_processor_unless_another_is_named(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_hub_name_is_checked_by_its_description_first(tmp_path: Path, monkeypa
     weights = (tmp_path / "snapshot/model.safetensors").read_bytes()
     (tmp_path / "snapshot/model.safetensors").unlink()
     flags = [*SIZES, "--load-hf", "Qwen/Qwen3.5-Tiny"]
-    args = arguments._read(preflight(flags, CPU, 1))
+    args = preflight(flags, CPU, 1).args
     assert (args.load_hf, args.hf_config) == (str(tmp_path / "snapshot"), str(tmp_path / "snapshot"))
     with pytest.raises(Refused, match="it has no safetensors file"):
         preflight(flags, CPU, 1, with_weights=True)
@@ -114,6 +114,11 @@ def test_another_architecture(tmp_path: Path) -> None:
 
 def test_where_to_save(folder: Path, tmp_path: Path) -> None:
     assert f"--save-hf {folder}: it is there already and has a model in it" in refused("--save-hf", str(folder))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
+    other = str(tmp_path / "other")
+    assert "it is there already and has other files in it, notes.txt for one" in refused("--save-hf", other)
+    assert accepted("--save-hf", other, "--save-hf-interval", "5").save_hf == other
     assert "--save-hf-interval 5: needs --save-hf DIR" in refused("--save-hf-interval", "5")
     assert "--save-hf-interval 0: " in refused("--save-hf", str(tmp_path), "--save-hf-interval", "0")
     assert "--max-shard-size 'many' isn't a size" in refused("--max-shard-size", "many")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import arguments
-from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from models.qwen35_vl.configuration import VARIANTS
 from runtime.checkpoints import TRACKER
 from tests.small_checkpoint import write
 
@@ -62,7 +62,7 @@ def test_every_variant_parses(variant: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "1")
     _, flags = command_of(launch(MODEL_VARIANT=variant))
     args = arguments.resolve(arguments.preflight_or_exit(flags))
-    assert Qwen35VLConfig.from_args(args) == VARIANTS[variant]
+    assert VARIANTS[variant].with_flags(args) == VARIANTS[variant]
     architecture = {word for word in VARIANTS[variant].to_flags() if word.startswith("--")}
     assert not set(flags) & architecture  # no number of it in the script
 
@@ -72,13 +72,12 @@ def test_every_variant_parses(variant: str, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_every_variant_builds(variant: str, single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model of the launcher's command line, on the meta device."""
-    from models import MODEL_REGISTRY
     from pretrain_multimodal import model_provider
 
     monkeypatch.setenv("WORLD_SIZE", "1")
     _, flags = command_of(launch("--init-model-with-meta-device", MODEL_VARIANT=variant, USE_FSDP="1"))
-    args = arguments.resolve(arguments.preflight_or_exit(flags))
-    model = model_provider(MODEL_REGISTRY[args.model_arch], args)
+    command_line = arguments.preflight_or_exit(flags)
+    model = model_provider(command_line.spec, command_line.config, arguments.resolve(command_line))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert len(model.language_model.decoder.layers) == VARIANTS[variant].num_layers
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from arguments import Refused, preflight
@@ -96,7 +97,7 @@ REFUSED = {
     "layer pattern": (f"{TINY} --linear-attention-freq [1,0]*2", 1, ["--linear-attention-freq [1,0]*2"]),
     "vocabulary over TP": (f"{TINY} --padded-vocab-size 1023 {TP} 2 {SP}", 2, ["1023 rows"]),
     "two architectures": (f"{TINY} --hf-config /x", 1, ["--hf-config and --model-variant"]),
-    "no such config": (f"{BASE} --hf-config /nowhere", 1, ["--hf-config /nowhere", "config.json"]),
+    "no such config": (f"{BASE} --hf-config /nowhere", 1, ["--hf-config /nowhere", "no such folder"]),
 }  # fmt: skip
 
 
@@ -177,17 +178,17 @@ def test_recomputation_that_is_compiled_needs_a_compiler() -> None:
 
 
 def test_slow_fallbacks_on_a_gpu_can_be_allowed() -> None:
-    flags = preflight(f"{TINY} --allow-slow-kernels".split(), BARE_GPU, 1)
+    flags = preflight(f"{TINY} --allow-slow-kernels".split(), BARE_GPU, 1).words
     assert flags[flags.index("--transformer-impl") + 1] == "local"
 
 
 def test_gpus_get_transformer_engine_and_its_exchanges() -> None:
-    flags = preflight(f"{BASE} --model-variant 397b_a17b {CP} 4".split(), GPUS, 8)
+    flags = preflight(f"{BASE} --model-variant 397b_a17b {CP} 4".split(), GPUS, 8).words
     assert flags[flags.index("--transformer-impl") + 1] == "transformer_engine"
     assert flags[flags.index("--cp-comm-type") + 1] == "p2p"  # 2 KV heads
     assert {"--moe-grouped-gemm", "--moe-permute-fusion", "--moe-router-fusion"} <= set(flags)
     assert "--no-persist-layer-norm" not in flags
-    plain = preflight(f"{BASE} --model-variant 397b_a17b --no-moe-fusion".split(), GPUS, 8)
+    plain = preflight(f"{BASE} --model-variant 397b_a17b --no-moe-fusion".split(), GPUS, 8).words
     assert not {"--moe-permute-fusion", "--moe-router-fusion"} & set(plain)
 
 
@@ -199,11 +200,15 @@ def test_fsdp_refuses_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_offline_processor_has_to_be_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     flags = f"{TINY} --hf-processor-path Qwen/Qwen3.5-0.8B".split()
     with pytest.raises(Refused, match="HF_HUB_OFFLINE=1"):
         preflight(flags, LAPTOP, 1)
-    (tmp_path / "models--Qwen--Qwen3.5-0.8B").mkdir()
+    cached = tmp_path / "models--Qwen--Qwen3.5-0.8B"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    (cached / "snapshots/abc").mkdir(parents=True)
+    (cached / "snapshots/abc/preprocessor_config.json").write_text("{}")
     assert preflight(flags, LAPTOP, 1)
 
 

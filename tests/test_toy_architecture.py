@@ -52,26 +52,34 @@ class ToyInputs:
         return 1e9 * sum(shape.document_lengths)
 
 
-def toy_flags(variant: str) -> list[str]:
-    numbers = {
-        "--num-layers": 2,
-        "--hidden-size": 32,
-        "--ffn-hidden-size": 64,
-        "--num-attention-heads": 2,
-        "--max-position-embeddings": 256,
-        "--vocab-size": VOCABULARY,
-        "--padded-vocab-size": VOCABULARY,
-        "--position-embedding-type": "rope",
-        "--normalization": "RMSNorm",
-    }
-    return [
-        *(text for pair in numbers.items() for text in map(str, pair)),
-        "--no-persist-layer-norm",
-        "--no-masked-softmax-fusion",
-    ]
+@dataclass(frozen=True)
+class ToyConfig:
+    hidden_size: int = 32
+    vocab_size: int = VOCABULARY
+
+    def to_flags(self) -> list[str]:
+        numbers = {
+            "--num-layers": 2,
+            "--hidden-size": self.hidden_size,
+            "--ffn-hidden-size": 64,
+            "--num-attention-heads": 2,
+            "--max-position-embeddings": 256,
+            "--vocab-size": self.vocab_size,
+            "--padded-vocab-size": self.vocab_size,
+            "--position-embedding-type": "rope",
+            "--normalization": "RMSNorm",
+        }
+        switches = ["--no-persist-layer-norm", "--no-masked-softmax-fusion"]
+        return [*(text for pair in numbers.items() for text in map(str, pair)), *switches]
+
+    def with_flags(self, args: Namespace) -> ToyConfig:
+        return replace(self, hidden_size=args.hidden_size)
+
+    def to_hf(self) -> dict[str, Any]:
+        return {"model_type": "toy", "hidden_size": self.hidden_size}
 
 
-def build_toy(args: Namespace, language_config: Any, vision_config: Any, **stage: Any) -> nn.Module:
+def build_toy(args: Namespace, config: ToyConfig, language_config: Any, **stage: Any) -> nn.Module:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -80,13 +88,13 @@ def build_toy(args: Namespace, language_config: Any, vision_config: Any, **stage
     language_model = GPTModel(
         config=language_config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=VOCABULARY,
+        vocab_size=config.vocab_size,
         max_sequence_length=args.max_position_embeddings,
         position_embedding_type="rope",
         scatter_embedding_sequence_parallel=False,
         **stage,
     )
-    vision_model = ToyVisionEncoder(ToyInputs.patch_dim, language_config.hidden_size) if stage["pre_process"] else None
+    vision_model = ToyVisionEncoder(ToyInputs.patch_dim, config.hidden_size) if stage["pre_process"] else None
     return MultimodalModel(
         language_config,
         language_model=language_model,
@@ -96,16 +104,12 @@ def build_toy(args: Namespace, language_config: Any, vision_config: Any, **stage
 
 
 TOY = ModelSpec(
-    variants=("toy",),
-    flags=toy_flags,
-    flags_from_hf=lambda folder: [],
-    check_layout=lambda args: [],
-    check_kernels=lambda args: None,
-    hf_config=lambda args: {"model_type": "toy"},
-    vision_config=lambda args, config: replace(config),
-    language_post_config=lambda args, config: config,
+    variants={"toy": ToyConfig()},
+    from_hf=lambda config: ToyConfig(config["hidden_size"]),
+    check_layout=lambda args, config: [],
+    check_kernels=lambda args, config: None,
     build_model=build_toy,
-    model_inputs=lambda args: ToyInputs(),
+    model_inputs=lambda config: ToyInputs(),
 )
 
 
@@ -113,7 +117,19 @@ def test_toy_architecture_trains(tmp_path: Path) -> None:
     flags = [
         *("--model-arch", "toy", "--dataset-provider", "mock", "--seq-length", "128", "--image-size", "64"),
         *("--image-seq-length", "8", "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "2"),
-        *("--lr", "1e-3", "--eval-iters", "0", "--num-workers", "0", "--log-interval", "1", "--bf16"),
+        *(
+            "--lr",
+            "1e-3",
+            "--hidden-size",
+            "48",
+            "--eval-iters",
+            "0",
+            "--num-workers",
+            "0",
+            "--log-interval",
+            "1",
+            "--bf16",
+        ),
         *("--save-interval", "2", "--eval-interval", "2"),
         *("--save", str(tmp_path / "checkpoints"), "--tensorboard-dir", str(tmp_path / "tensorboard")),
     ]
@@ -121,7 +137,7 @@ def test_toy_architecture_trains(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "iteration        2/       2" in run.stdout
-    assert json.loads((tmp_path / "checkpoints/hf/config.json").read_text()) == {"model_type": "toy"}
+    assert json.loads((tmp_path / "checkpoints/hf/config.json").read_text()) == {"model_type": "toy", "hidden_size": 48}
     assert (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
     assert (tmp_path / "loss.png").exists()
 

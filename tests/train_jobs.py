@@ -2,7 +2,8 @@
 
     [torch.distributed.run --nproc-per-node N] tests/train_jobs.py RUNS.json
 
-RUNS.json: a list of command lines. Not a test: a program that tests start, and `run` is how.
+RUNS.json: a list of command lines; one that begins with the word fp32 runs in float32. Not a test: a program that
+tests start, and `run` is how.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ ROOT = Path(__file__).parents[1]
 # A step on a few mock documents. The learning rate of zero leaves every weight as it is.
 FLAGS = [
     *("--dataset-provider", "mock", "--image-size", "64", "--image-seq-length", "4", "--use-packed-sequence"),
-    *("--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "1", "--bf16"),
+    *("--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "1"),
     *("--lr", "0", "--weight-decay", "0", "--use-distributed-optimizer", "--num-workers", "0"),
     *("--eval-iters", "0", "--eval-interval", "10"),
 ]
+
+
+FP32 = "fp32"
 
 
 def run(folder: Path, runs: list[list[str]], ranks: int = 1, *, fsdp: bool = False) -> str:
@@ -51,7 +55,8 @@ def main() -> None:
             if "MASTER_PORT" in os.environ:  # a store of its own: torchrun's still has the last run's addresses
                 port = int(os.environ["MASTER_PORT"]) + 1 + index
                 os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
-            pretrain_multimodal.main([*FLAGS, *flags])
+            precision, flags = ([], flags[1:]) if flags[:1] == [FP32] else (["--bf16"], flags)
+            pretrain_multimodal.main([*FLAGS, *precision, *flags])
             return  # the interpreter's own exit ends the processes that saving has started
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
             raise SystemExit(f"run {index} failed: {' '.join(flags)}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial, reduce
@@ -46,11 +47,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from models.spec import HfWeights
+from models.spec import HfWeights, ModelConfig
 from models.weight_map import CheckpointSlice, Source, TensorSlice, WeightMap, WeightMismatch, tensor_slices
 from runtime.checkpoints import RELEASE, TRACKER, damage, elsewhere, folder_name, other_steps, read_index, read_tracker
 from runtime.loading import CheckedReader
-from weights.check import check_folder, hf_weights_of, mapping_of, tensor_infos
+from weights.check import check_folder, ignored_tensors, mapping_of, model_of, tensor_infos
 from weights.folder import (
     FolderError,
     FolderTensors,
@@ -102,26 +103,27 @@ def export_checkpoint(
         WeightMismatch: the checkpoint's tensors aren't those of its `hf/config.json`.
     """
     folder, hf = find_checkpoint(Path(checkpoint), iteration)
-    config = read_config(hf)
-    spec = hf_weights_of(config, hf)
+    config_json = read_config(hf)
+    _, weights, config = model_of(config_json, hf)
     origin = HfOrigin.of_checkpoint(hf)
-    mapping = mapping_of(spec, config, origin.record, hf)
-    if problems := description_problems(hf, spec.vocab_size(config)):
+    mapping = mapping_of(weights, config, origin.record, hf)
+    if problems := description_problems(hf, config.vocab_size):
         raise FolderError(hf, problems)
-    infos = tensor_infos(spec, mapping, origin.record)
+    infos = tensor_infos(weights, mapping, origin.record)
     tensors = CheckpointTensors(folder)
-    slices, synonyms = _checkpoint_slices(spec, config, mapping, tensors)
+    slices, synonyms = _checkpoint_slices(weights, config, mapping, tensors)
     _check_keys(tensors, mapping, slices, synonyms)
     wanted: dict[str, list[tuple[str, TensorSlice]]] = {}
     for name, source in mapping.sources.items():
         for tensor_slice in tensor_slices(source, 0, 1):
             wanted.setdefault(tensor_slice.name, []).append((name, tensor_slice))
+    wanted |= {copy: wanted[name] for name, copy in mapping.copies.items() if copy in infos}
     with new_folder(Path(output)) as new:
         for name, tensor in write_tensors(new, infos, max_shard_size, title=f"exporting {folder}", quiet=quiet):
             for parameter, tensor_slice in wanted[name]:
                 for stored in slices[parameter]:
                     _copy_slice(tensors, mapping.sources[parameter], stored, tensor_slice, tensor)
-        write_hf_folder(new, config, None, origin, with_record=False)
+        write_hf_folder(new, config_json, None, origin, with_record=False)
     return Path(output)
 
 
@@ -136,15 +138,15 @@ def _copy_slice(
 
 
 def _checkpoint_slices(
-    spec: HfWeights, config: Mapping[str, Any], mapping: WeightMap, tensors: CheckpointTensors
+    weights: HfWeights[Any], config: ModelConfig, mapping: WeightMap, tensors: CheckpointTensors
 ) -> tuple[Mapping[str, tuple[CheckpointSlice, ...]], set[str]]:
     """Where this checkpoint has each parameter, and what other keys the same may have (imported checkpoints do)."""
     if not any(key.startswith("model.") for key in tensors.metadata):
-        return spec.checkpoint_slices(config, mapping), set()
+        return weights.checkpoint_slices(config, mapping), set()
     slices = {}
     ranks = 1
     synonyms: set[str] = set()
-    for name, alternatives in spec.fsdp_checkpoint_slices(config, mapping).items():
+    for name, alternatives in weights.fsdp_checkpoint_slices(config, mapping).items():
         synonyms |= {stored.key for option in alternatives for stored in option}
         there = (option for option in alternatives if all(stored.key in tensors.metadata for stored in option))
         slices[name] = next(there, alternatives[0])
@@ -336,10 +338,15 @@ def import_folder(
     Raises:
         FolderError, WeightMismatch: nothing is left behind.
     """
+    hf = Path(hf).expanduser()
+    _, weights, described = model_of(read_config(hf), hf)
     folder = HfFolder.open(hf)
-    spec = hf_weights_of(folder.config, folder.path)
-    mapping = check_folder(spec, folder, folder.config)
-    planner = ImportPlanner(spec, folder, mapping, ckpt_format)
+    config, notices = weights.as_stored(described, folder.shapes)
+    mapping = check_folder(weights, config, folder).mapping
+    if not quiet:
+        for notice in (*notices, *ignored_tensors(mapping, folder)):
+            print(f"notice: {folder.path}: {notice}", file=sys.stderr)
+    planner = ImportPlanner(weights, config, folder, mapping, ckpt_format)
     with (
         new_folder(Path(output)) as new,
         open_tensors(folder, mapping.copies, title=f"importing {folder.path}", quiet=quiet) as tensors,
@@ -355,7 +362,7 @@ def import_folder(
             (new / RELEASE / "metadata.json").write_text(
                 '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
             )
-        write_hf_folder(new / "hf", folder.config, None, HfOrigin(folder.path, folder.dtypes), with_record=True)
+        write_hf_folder(new / "hf", config.to_hf(), None, HfOrigin(folder.path, folder.dtypes), with_record=True)
         (new / TRACKER).write_text(RELEASE)
     return Path(output)
 
@@ -369,14 +376,16 @@ class ImportPlanner(SavePlanner):
 
     tensors: FolderTensors
 
-    def __init__(self, spec: HfWeights, folder: HfFolder, mapping: WeightMap, ckpt_format: str) -> None:
+    def __init__(
+        self, weights: HfWeights[Any], config: ModelConfig, folder: HfFolder, mapping: WeightMap, ckpt_format: str
+    ) -> None:
         self._items: list[WriteItem] = []
         self._values: dict[tuple[str, torch.Size | None], Callable[[], Tensor | io.BytesIO]] = {}
         self.aliases: dict[str, list[str]] = {}
         if ckpt_format == "torch_dist":
-            slices = spec.checkpoint_slices(folder.config, mapping)
+            slices = weights.checkpoint_slices(config, mapping)
         else:
-            alternatives = spec.fsdp_checkpoint_slices(folder.config, mapping)
+            alternatives = weights.fsdp_checkpoint_slices(config, mapping)
             slices = {name: first for name, (first, *_) in alternatives.items()}
             for first, *others in alternatives.values():
                 for i, stored in enumerate(first):

@@ -43,6 +43,13 @@ ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Written beside config.json in a checkpoint's hf/: dtype of every tensor of the folder that training started from.
 RECORD = "tensors.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# Everything that a tokenizer and a processor consist of: of one model, all or none of them.
+TEXT_AND_IMAGE_FILES = (
+    *(*PROCESSOR_FILES, "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LARGEST_COMPANION = 200 * 2**20  # bytes; tokenizers have tens of MB
 
@@ -180,8 +187,31 @@ def has_processor(path: Path) -> bool:
     return any((path / name).is_file() for name in PROCESSOR_FILES)
 
 
+def tensor_names(path: Path) -> set[str] | None:
+    """What the index, or the only shard's header, names; None where neither is here (a hub name's description)."""
+    if (path / INDEX).exists():
+        try:
+            index = read_object(path / INDEX)
+        except JsonError:
+            return None  # `HfFolder.open` says what is wrong with it
+        return None if index_problems(index) else set(index["weight_map"])
+    shards = [file for file in path.glob("*.safetensors") if file.name not in _ADAPTER]
+    try:
+        return set(_header(shards[0])) if len(shards) == 1 else None
+    except FolderError:
+        return None
+
+
 def _listed_files(path: Path) -> dict[str, set[str] | None]:
     """Shards, each with the tensors that the index places there (None without an index)."""
+    if adapter := next((name for name in _ADAPTER if (path / name).exists()), None):
+        raise FolderError(
+            path,
+            [
+                f"{adapter} belongs to a LoRA adapter, which isn't read beside a model: merge it into the weights "
+                "(peft: merge_and_unload, then save_pretrained), or move it out of the folder to start without it"
+            ],
+        )
     if (path / INDEX).exists():
         try:
             index = read_object(path / INDEX)

@@ -20,13 +20,13 @@ from megatron.training.checkpointing import checkpoint_exists
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from models import MODEL_REGISTRY
+from models import ModelConfig, ModelSpec
 from models.base import MultimodalModel
 from models.spec import HfWeights
 from models.weight_map import LocalShard, Rank, TensorSlice, WeightMap, WeightMismatch, fill, plan, whole
 from runtime.checkpoints import folder_name
 from runtime.model_builder import unwrapped
-from weights.check import check_folder, tensor_infos
+from weights.check import HfSource, described, ignored_tensors, tensor_infos
 from weights.folder import (
     ITEM_SIZES,
     HfFolder,
@@ -47,72 +47,68 @@ def starts_from_hf(args: Namespace) -> bool:
     return args.load_hf is not None and not checkpoint_exists(args.load)
 
 
-def hf_weights(args: Namespace) -> HfWeights:
-    """The table of the run's architecture.
+def weights_table(spec: ModelSpec[Any]) -> HfWeights[Any]:
+    """An architecture's table of HuggingFace weights.
 
     Raises:
         ValueError: it has none; the preflight refuses the flags that need one.
     """
-    spec = MODEL_REGISTRY[args.model_arch].hf_weights
-    if spec is None:
-        raise ValueError(f"--model-arch {args.model_arch}: there is no table of its HuggingFace weights")
-    return spec
+    if spec.hf_weights is None:
+        raise ValueError("--model-arch: there is no table of its HuggingFace weights")
+    return spec.hf_weights
 
 
-def load_hf(args: Namespace, chunks: list[nn.Module]) -> list[nn.Module]:
+def load_hf(
+    args: Namespace, spec: ModelSpec[Any], config: ModelConfig, source: HfSource | None, chunks: list[nn.Module]
+) -> list[nn.Module]:
     """Fill the wrapped model from `--load-hf`, unless a checkpoint is to be loaded; a hook after wrapping.
 
+    Args:
+        spec, config: the run's model.
+        source: `--load-hf`'s folder, as the preflight opened it; None: there is none.
+
     Raises:
-        FolderError, WeightMismatch: on every rank, before anything is written; for NaN and infinity after reading.
+        WeightMismatch: on every rank, before anything is written; for NaN and infinity after reading.
     """
-    if args.load_hf is None:
+    if source is None:
         return chunks
     if not starts_from_hf(args):
         if args.rank == 0:
             print(f"--load-hf {args.load_hf}: not read, since --load {args.load} has a checkpoint to go on from")
         return chunks
-    spec, config = hf_weights(args), MODEL_REGISTRY[args.model_arch].hf_config(args)
-    folder = HfFolder.open(args.load_hf)
-    mapping = check_folder(spec, folder, config)
+    folder, mapping, weights = source.folder, source.mapping, weights_table(spec)
     if args.rank == 0:
-        for notice in (*ignored_tensors(mapping, folder), *rounded_tensors(args, spec, folder)):
+        _, without = weights.as_stored(described(spec, folder.config, folder.path), folder.shapes)
+        for notice in (*without, *ignored_tensors(mapping, folder), *rounded_tensors(args, weights, folder)):
             print(f"notice: {folder.path}: {notice}")
     own = sum(
         local_shard(parameter).tensor.numel() * ITEM_SIZES[folder.dtypes[next(mapping.sources[name].row_ranges).name]]
         for chunk in chunks
         for local_shard in [shard_of(chunk)]
-        for name, parameter in spec.parameters(config, unwrapped(chunk))
+        for name, parameter in weights.parameters(config, unwrapped(chunk))
         if name in mapping.sources
     )
     title = f"rank 0 reads its part of {folder.path}"
     with open_tensors(folder, mapping.copies, title=title, total=own, quiet=args.rank != 0) as tensors:
         for chunk in chunks:
             model = unwrapped(chunk)
-            fill(mapping, spec.parameters(config, model), Rank.of(model.pg_collection), tensors, shard_of(chunk))
+            fill(mapping, weights.parameters(config, model), Rank.of(model.pg_collection), tensors, shard_of(chunk))
             for fsdp in _fsdp_modules(chunk):
                 fsdp.install_optimized_model_weights()
     check_values(tensors.not_finite, tensors.unequal, args.allow_nonfinite_weights)
     return chunks
 
 
-def ignored_tensors(mapping: WeightMap, folder: HfFolder) -> Iterator[str]:
-    """What the folder has and the model doesn't take, by reason."""
-    reasons: dict[str, list[str]] = {}
-    for name in folder.shapes:
-        if name not in mapping.tensors and (reason := mapping.reason_to_ignore(name)) is not None:
-            reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        yield f"{len(names)} tensors left out, {names[0]} the first: {reason}"
-
-
-def rounded_tensors(args: Namespace, spec: HfWeights, folder: HfFolder) -> Iterator[str]:
-    """What the run's precision can't hold."""
-    own = "BF16" if args.bf16 else "F16" if args.fp16 else None
-    rounded = [
-        name for name, dtype in folder.dtypes.items() if own and dtype != own and spec.dtype(name) not in ("F32", dtype)
-    ]
-    if rounded:
-        yield f"{len(rounded)} tensors, {rounded[0]} the first, are rounded from {folder.dtypes[rounded[0]]} to {own}"
+def rounded_tensors(args: Namespace, weights: HfWeights[Any], folder: HfFolder) -> Iterator[str]:
+    """What the run's precision can't hold, by dtype."""
+    narrow = "BF16" if args.bf16 else "F16" if args.fp16 else "F32"
+    rounded: dict[tuple[str, str], list[str]] = {}
+    for name, dtype in folder.dtypes.items():
+        held = "F32" if weights.is_wide(name) else narrow
+        if dtype != held and (held != "F32" or dtype == "F64"):
+            rounded.setdefault((dtype, held), []).append(name)
+    for (dtype, held), names in rounded.items():
+        yield f"{len(names)} tensors, {names[0]} the first, are rounded from {dtype} to {held}"
 
 
 def check_values(not_finite: set[str], unequal: set[tuple[str, str]], allow_nonfinite: bool) -> None:
@@ -177,12 +173,22 @@ class HfExporter:
     are those of `args.curr_iteration`, and nobody waits for a pipeline neighbour.
 
     Args:
+        spec, config: the run's model.
         record: dtype of every tensor of the folder that training came from; empty if it came from none.
         write_sidecar_files: writes config.json, tokenizer and processor into a folder.
     """
 
-    def __init__(self, args: Namespace, record: dict[str, str], write_sidecar_files: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        args: Namespace,
+        spec: ModelSpec[Any],
+        config: ModelConfig,
+        record: dict[str, str],
+        write_sidecar_files: Callable[[Path], None],
+    ) -> None:
         self.args = args
+        self.spec = spec
+        self.config = config
         self.record = record
         self.write_sidecar_files = write_sidecar_files
         self.chunks: list[nn.Module] = []
@@ -216,32 +222,27 @@ class HfExporter:
         there = torch.tensor(int(has_weights(target)), device=torch.cuda.current_device())
         dist.broadcast(there, src=0)
         if not there.item():
-            save_hf(self.args, self.chunks, target, self.record, self.write_sidecar_files)
+            save_hf(self, target)
         elif self.args.rank == 0:
             print(f"--save-hf: {target} is there already, and stays as it is")
 
 
-def save_hf(
-    args: Namespace,
-    chunks: list[nn.Module],
-    target: Path,
-    record: dict[str, str],
-    write_sidecar_files: Callable[[Path], None],
-) -> None:
-    """Write the model as a HuggingFace folder; collective, rank 0 writes.
+def save_hf(exporter: HfExporter, target: Path) -> None:
+    """Write an exporter's model as a HuggingFace folder; collective, rank 0 writes.
 
     Raises:
         FolderError: on rank 0: the target is there, the disk is full.
         WeightMismatch: parameters without source, or tensors that the ranks don't cover.
     """
-    spec, config = hf_weights(args), MODEL_REGISTRY[args.model_arch].hf_config(args)
-    mapping = spec.mapping(config, record)
-    infos = tensor_infos(spec, mapping, record)
+    args, weights = exporter.args, weights_table(exporter.spec)
+    mapping = weights.mapping(exporter.config, exporter.record)
+    infos = tensor_infos(weights, mapping, exporter.record)
     own: dict[str, list[tuple[Region, Tensor]]] = {}
-    for chunk in chunks:
+    for chunk in exporter.chunks:
         model = unwrapped(chunk)
-        for tensor_slice, values in _owned(mapping, spec.parameters(config, model), model, chunk):
+        for tensor_slice, values in _owned(mapping, weights.parameters(exporter.config, model), model, chunk):
             own.setdefault(tensor_slice.name, []).append((tensor_slice.foreign_index, values))
+    own |= {copy: own[name] for name, copy in mapping.copies.items() if copy in infos and name in own}
     senders = _who_sends(own)
     size = parse_size(args.max_shard_size)
     if args.rank != 0:
@@ -267,7 +268,7 @@ def save_hf(
                     covered += part.numel()
             if covered != tensor.numel():
                 raise WeightMismatch([f"{name}: the ranks hold {covered} of {tensor.numel()} elements"])
-        write_sidecar_files(folder)
+        exporter.write_sidecar_files(folder)
     print(f"saved {target}", flush=True)
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.json_files import JsonError, read_json, read_object
 from runtime.files import write_text
-from weights.folder import ITEM_SIZES, RECORD, FolderError, HfFolder, read_config, sidecar_files
+from weights.check import model_of
+from weights.folder import ITEM_SIZES, RECORD, TEXT_AND_IMAGE_FILES, FolderError, HfFolder, read_config, sidecar_files
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -25,23 +29,25 @@ class HfOrigin:
     folder: with its config.json and sidecar_files; None if there was none.
     record: dtype of every tensor of it, as safetensors spells it: export gives each the same again, and stores
         experts as it did.
-    has_processor: the run's processor is the folder's, whose files are kept as they are.
+    processor_folder: the folder of the run's processor, whose files are kept as they are; None where the processor is
+        built here or comes from the hub.
     """
 
     folder: Path | None = None
     record: dict[str, str] = field(default_factory=dict)
-    has_processor: bool = False
+    processor_folder: Path | None = None
 
     @classmethod
-    def of(cls, args: Namespace) -> HfOrigin:
+    def of(cls, args: Namespace, folder: HfFolder | None) -> HfOrigin:
         """`--load-hf`'s folder, or what `--load`'s checkpoint knows of it."""
-        if args.load_hf is not None:
-            folder = HfFolder.open(args.load_hf)
-            processor = args.hf_processor_path
-            is_folder_s = processor is not None and Path(processor).expanduser().resolve() == folder.path.resolve()
-            return cls(folder.path, folder.dtypes, is_folder_s)
+        named = None if args.hf_processor_path is None else Path(args.hf_processor_path).expanduser()
+        processor_folder = named if named is not None and named.is_dir() else None
+        if folder is not None:
+            return cls(folder.path, folder.dtypes, processor_folder)
         checkpoint = Path(args.load) / "hf" if args.load is not None else None
-        return cls() if checkpoint is None or not checkpoint.is_dir() else cls.of_checkpoint(checkpoint)
+        if checkpoint is None or not checkpoint.is_dir():
+            return cls(processor_folder=processor_folder)
+        return replace(cls.of_checkpoint(checkpoint), processor_folder=processor_folder)
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> HfOrigin:
@@ -64,21 +70,35 @@ class HfOrigin:
         return cls(folder, record)
 
 
+@dataclass(frozen=True)
+class RunProcessor:
+    """A run's processor, and what generation_config.json has to say for its answers to end."""
+
+    processor: ProcessorMixin
+    generation: Mapping[str, Any]
+
+
 def write_hf_folder(
-    folder: Path, config: Mapping[str, Any], processor: ProcessorMixin | None, origin: HfOrigin, *, with_record: bool
+    folder: Path, config: Mapping[str, Any], processor: RunProcessor | None, origin: HfOrigin, *, with_record: bool
 ) -> None:
     """Write `config.json`, tokenizer and processor, which export and transformers need beside the weights.
 
+    Tokenizer and processor files are all of one source: the run's processor, else the origin.
+
     Args:
-        config: this run's; what only the origin's has (a comment, a generation setting) is kept.
+        config: this run's. Of the origin's only what means something else is changed, and its file is copied if
+            nothing does: names, order and unread keys stay as they were.
         processor: this run's, if it has one.
         with_record: also keep the dtypes of the origin's tensors, for export.
 
     Raises:
         ValueError: the folder is there with another architecture: two models in one checkpoint folder.
     """
-    if origin.folder is not None:
-        config = _merged(read_config(origin.folder), config)
+    old = None if origin.folder is None else read_config(origin.folder)
+    if old is not None and origin.folder is not None:
+        config = _changed(old, config, _canonical(old, origin.folder))
+    if not with_record:
+        config = {**config, **_dtype(config, origin.record)}
     path = folder / "config.json"
     if path.exists() and read_json(path) != config:
         raise ValueError(
@@ -86,20 +106,87 @@ def write_hf_folder(
             "or the arguments that the checkpoint was made with"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if origin.folder is not None and origin.folder.resolve() != folder.resolve():
-        for file in sidecar_files(origin.folder):
-            shutil.copyfile(file, folder / file.name)
-    if processor is not None and not origin.has_processor:
-        processor.save_pretrained(folder)
+    own_processor = processor is not None or origin.processor_folder is not None
+    if origin.folder is not None:
+        files = sidecar_files(origin.folder)
+        _copy((file for file in files if not (own_processor and _is_processor_s(file))), folder)
+    if own_processor:
+        _write_processor(folder, processor, origin.processor_folder)
+    if processor is not None:
+        _write_generation(folder / "generation_config.json", processor.generation)
     if with_record and origin.record:
         write_text(folder / RECORD, json.dumps(origin.record, indent=1) + "\n")
-    write_text(path, json.dumps(config, indent=2) + "\n")
+    if origin.folder is None or config != old:
+        write_text(path, json.dumps(config, indent=2) + "\n")
+    elif not path.exists():
+        _copy([origin.folder / path.name], folder)
 
 
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """`new`, and what only `old` has, section by section."""
-    merged = {**old, **new}
+def _is_processor_s(file: Path) -> bool:
+    return file.name in TEXT_AND_IMAGE_FILES
+
+
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    for file in files:
+        if file.parent.resolve() != folder.resolve():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_processor(folder: Path, processor: RunProcessor | None, source: Path | None) -> None:
+    """Tokenizer and processor files of `source`, or of the processor itself, and no others."""
+    if source is not None and source.resolve() == folder.resolve():
+        return
+    for file in list(filter(_is_processor_s, folder.iterdir())):
+        file.unlink()  # of another run's processor, or of another version of transformers
+    if source is not None:
+        _copy(filter(_is_processor_s, sidecar_files(source)), folder)
+    elif processor is not None:
+        processor.processor.save_pretrained(folder)
+        # transformers 5 writes processor_config.json alone; servers and transformers 4 read these two.
+        for part in ("image_processor", "video_processor"):
+            if part in processor.processor.get_attributes():
+                getattr(processor.processor, part).save_pretrained(folder)
+
+
+def _write_generation(path: Path, settings: Mapping[str, Any]) -> None:
+    """generation_config.json as it is where it ends answers as the run was trained to; else completed."""
+    old = read_object(path) if path.exists() else {}
+    stops = old.get("eos_token_id")
+    stops = [stops] if isinstance(stops, int) else list(stops or ())
+    missing = [token for token in settings["eos_token_id"][:1] if token not in stops]
+    if old and not missing and old.get("pad_token_id") is not None:
+        return
+    new = {**settings, **old, "eos_token_id": [*missing, *stops] if stops else settings["eos_token_id"]}
+    write_text(path, json.dumps(new, indent=2) + "\n")
+
+
+def _canonical(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """What the harness reads of a config.json; all of it where the architecture has no table of weights."""
+    try:
+        return model_of(config, folder)[2].to_hf()
+    except FolderError:
+        return config
+
+
+def _dtype(config: Mapping[str, Any], record: Mapping[str, str]) -> dict[str, str]:
+    """The key by which servers choose their precision, where config.json hasn't it: that of most tensors."""
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, Mapping) else {}):
+        if section.get("dtype") or section.get("torch_dtype"):
+            return {}
+    most = Counter(record.values()).most_common(1)
+    return {"dtype": _DTYPES[most[0][0] if most else "BF16"]}
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
+    """`old`, with the values of `new` where they aren't those that `old` was read as, section by section."""
+    changed = dict(old)
     for name, value in new.items():
-        if isinstance(value, Mapping) and isinstance(old.get(name), Mapping):
-            merged[name] = _merged(old[name], value)
-    return merged
+        if name in read and value == read[name]:
+            continue
+        inner = old.get(name), read.get(name)
+        if isinstance(value, Mapping) and isinstance(inner[0], Mapping) and isinstance(inner[1], Mapping):
+            changed[name] = _changed(inner[0], value, inner[1])
+        else:
+            changed[name] = value
+    return changed

@@ -18,9 +18,8 @@ from transformers import AddedToken, Qwen2VLImageProcessor, Qwen3VLProcessor
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from data.processor_files import VISION_TOKENS, vocab_size
+from data.processor_files import TURN_END, TURN_START, VISION_TOKENS, vocab_size
 from data.receipts.values import corpus
-from data.sample import TURN_END, TURN_START
 
 PAD = "<|endoftext|>"
 REASONING = ("<think>", "</think>")  # added, but not special: decoding keeps them

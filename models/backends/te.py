@@ -5,24 +5,20 @@ The only file that imports Transformer Engine's classes; GPU only when run, impo
 
 from __future__ import annotations
 
-import copy
-
 import transformer_engine  # noqa: F401  megatron-core's provider imports without it and fails later, less clearly
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import LayerNormBuilder, LayerNormInterface
 
-from models.backends.backend import Backend
+from models.backends.backend import Backend, plain_wide_norm
 
 
 class TEPlainRMSNorm:
-    """Transformer Engine's RMSNorm whose weight multiplies as it is. A class, because megatron-core asks for one."""
+    """Transformer Engine's RMSNorm under `plain_wide_norm`. A class, because megatron-core asks for one."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> LayerNormInterface:
-        plain = copy.copy(config)
-        plain.layernorm_zero_centered_gamma = False
-        return TENorm(config=plain, hidden_size=hidden_size, eps=eps)
+        return TENorm(config=plain_wide_norm(config), hidden_size=hidden_size, eps=eps)
 
 
 class TEBackend(TESpecProvider, Backend):

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from torch import Tensor, nn
 
-from models.backends.backend import Backend
+from models.backends.backend import Backend, plain_wide_norm
 from models.backends.torch_attention import TorchAttention
 from models.common.parallel_layers import ColumnParallelLinear, RowParallelLinear
 
@@ -34,21 +34,12 @@ class _Norm(nn.Module):
     Args:
         config: parameter dtype, sequence parallelism (the weight's gradient is then a share, which Megatron sums over
             TP), and whether gamma is zero-centred.
-        zero_centered_gamma: overrules the configuration.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float,
-        zero_centered_gamma: bool | None = None,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.zero_centered_gamma = (
-            config.layernorm_zero_centered_gamma if zero_centered_gamma is None else zero_centered_gamma
-        )
+        self.zero_centered_gamma = config.layernorm_zero_centered_gamma
         self.sequence_parallel = config.sequence_parallel
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
 
@@ -66,14 +57,8 @@ class _Norm(nn.Module):
 class TorchRMSNorm(_Norm):
     """x / rms(x) * gamma over the last dimension."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float,
-        zero_centered_gamma: bool | None = None,
-    ) -> None:
-        super().__init__(config, hidden_size, eps, zero_centered_gamma)
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config, hidden_size, eps)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,14 +71,8 @@ class TorchRMSNorm(_Norm):
 class TorchLayerNorm(_Norm):
     """(x - mean(x)) / std(x) * gamma + bias over the last dimension."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float,
-        zero_centered_gamma: bool | None = None,
-    ) -> None:
-        super().__init__(config, hidden_size, eps, zero_centered_gamma)
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config, hidden_size, eps)
         self.bias = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
         self.reset_parameters()
 
@@ -123,10 +102,10 @@ class TorchNorm:
 
 
 class PlainRMSNorm(TorchRMSNorm):
-    """RMSNorm whose weight multiplies as it is."""
+    """`TorchRMSNorm` under `plain_wide_norm`'s configuration."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__(config, hidden_size, eps, zero_centered_gamma=False)
+        super().__init__(plain_wide_norm(config), hidden_size, eps)
 
 
 class TorchBackend(LocalSpecProvider, Backend):

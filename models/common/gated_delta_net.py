@@ -31,8 +31,8 @@ class PackedGatedDeltaNet(GatedDeltaNet):
     """megatron-core's GatedDeltaNet with its parameters and checkpoint layout, and a forward of its own.
 
     What differs: the convolution and the memory restart at every document with torch's kernels too; nothing waits for
-    the device; `A_log` and `dt_bias` are float32 whatever the model's dtype, because their values move by less than
-    bfloat16 resolves.
+    the device; `A_log`, `dt_bias` and the output norm's weight are float32 whatever the model's dtype, because their
+    values move by less than bfloat16 resolves.
     """
 
     conv1d: nn.Conv1d
@@ -69,11 +69,11 @@ class PackedGatedDeltaNet(GatedDeltaNet):
             self.A_log.uniform_(*self.A_init_range).log_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedGatedDeltaNet:
-        """Move or cast, but never cast `A_log` and `dt_bias` to 16 bits.
+        """Move or cast, but never cast `A_log`, `dt_bias` and the output norm's weight to 16 bits.
 
         `Float16Module` casts by `module.bfloat16()`, which comes through here with every parameter and gradient.
         """
-        wide = [self.A_log, self.dt_bias]
+        wide = [self.A_log, self.dt_bias, *self.out_norm.parameters()]
         wide += [parameter.grad for parameter in wide if parameter.grad is not None]
 
         def keep_wide(tensor: Tensor) -> Tensor:

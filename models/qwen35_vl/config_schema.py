@@ -22,6 +22,7 @@ from models.json_schema import (
     null,
     problems,
 )
+from models.qwen35_vl.config_keys import unbuilt_keys
 
 _HEADS = Integer(1, 4096)
 _WIDTH = Integer(1, 2**20)
@@ -99,7 +100,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(text.get(name), dict):
             found += problems(text[name], _ROPE, f"text_config.{name}.")
-    return found
+    return [*found, *unbuilt_keys(config)]
 
 
 def relation_problems(config: Any) -> list[str]:

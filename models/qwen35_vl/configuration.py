@@ -1,11 +1,10 @@
-"""Qwen3.5-VL's architecture numbers: the one table, and its two other spellings.
+"""Qwen3.5-VL's architecture numbers: the one table, and how each is spelled elsewhere.
 
-`VARIANTS` owns every number. `Qwen35VLConfig.to_flags` spells a variant as Megatron flags,
-`Qwen35VLConfig.to_hf` as a HuggingFace `config.json`; `from_hf` and `from_args` read them back.
-Imports neither torch nor megatron: the launcher's preflight answers in a second.
+`VARIANTS` owns every number. A field's metadata (`Spelling`) says what Megatron's flag and HuggingFace's key for it
+are, and `to_flags`, `with_flags`, `to_hf` and `from_hf` are loops over the fields; what they write out by hand is
+structure that no number says. Imports neither torch nor megatron: the launcher's preflight answers in a second.
 
-Field names are Megatron's (`megatron.core.transformer.TransformerConfig`); the HF names they map to
-are in `to_hf`.
+Field names are Megatron's (`megatron.core.transformer.TransformerConfig`).
 """
 
 from __future__ import annotations
@@ -14,36 +13,56 @@ import dataclasses
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from models.json_files import read_object
+from models.common.spelling import number, numbers_of, overridden, section_of, spellings, words
 from models.qwen35_vl.config_schema import config_problems, relation_problems
+
+
+def _interval(value: int | str) -> int:
+    """Megatron's flag takes a list too; HuggingFace's `layer_types` are read by `_full_attention_interval`."""
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(
+            f"--linear-attention-freq {value}: only a number n is built, for full attention in every n-th layer"
+        ) from None
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError(f"config.json: text_config.rope_parameters.rope_theta is {value}; it has to be whole")
+    return int(value)
 
 
 @dataclass(frozen=True)
 class SpecialTokenIds:
-    """Ids that the architecture's embedding reserves; the processor must agree with them."""
+    """Ids that the architecture's embedding reserves (top level of `config.json`); the processor must agree."""
 
-    image: int = 248056
-    video: int = 248057
-    vision_start: int = 248053
-    vision_end: int = 248054
+    image: int = number("image_token_id", "--image-token-id", 248056)
+    video: int = number("video_token_id", default=248057)
+    vision_start: int = number("vision_start_token_id", default=248053)
+    vision_end: int = number("vision_end_token_id", default=248054)
 
 
 @dataclass(frozen=True)
 class Qwen35VLVisionConfig:
-    """The ViT (HF `Qwen3_5VisionConfig`)."""
+    """The ViT (`vision_config`, HF `Qwen3_5VisionConfig`)."""
 
-    num_layers: int = 27
-    hidden_size: int = 1152
-    num_attention_heads: int = 16
-    ffn_hidden_size: int = 4304
-    patch_size: int = 16
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    num_position_embeddings: int = 2304
-    in_channels: int = 3
+    num_layers: int = number("depth", "--vision-num-layers", 27)
+    hidden_size: int = number("hidden_size", default=1152)
+    num_attention_heads: int = number("num_heads", default=16)
+    ffn_hidden_size: int = number("intermediate_size", default=4304)
+    patch_size: int = number("patch_size", default=16)
+    temporal_patch_size: int = number("temporal_patch_size", default=2)
+    spatial_merge_size: int = number("spatial_merge_size", default=2)
+    num_position_embeddings: int = number("num_position_embeddings", default=2304)
+    in_channels: int = number("in_channels", default=3)
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch, which is one row of pixel_values."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
 @dataclass(frozen=True)
@@ -58,38 +77,45 @@ class ExpertSizes:
 
 @dataclass(frozen=True)
 class Qwen35VLConfig:
-    """One architecture: the decoder's numbers, the ViT's, and the special ids.
+    """One architecture: the decoder's numbers (`text_config`), the ViT's, and the special ids.
 
     `num_experts` is None for a dense decoder, and `ffn_hidden_size` is None for an MoE one: all layers of
     an MoE variant are sparse, so a dense FFN width isn't a fact of it. `dense_ffn_hidden_size` says what
     NUM_EXPERTS=0 gives instead.
     """
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    linear_num_key_heads: int = 16
-    linear_num_value_heads: int = 32
-    ffn_hidden_size: int | None = None
-    num_experts: int | None = None
-    moe_router_topk: int | None = None
-    moe_ffn_hidden_size: int | None = None
-    moe_shared_expert_intermediate_size: int | None = None
+    num_layers: int = number("num_hidden_layers", "--num-layers", required=True)
+    hidden_size: int = number("hidden_size", "--hidden-size", required=True)
+    num_attention_heads: int = number("num_attention_heads", "--num-attention-heads", required=True)
+    num_query_groups: int = number("num_key_value_heads", "--num-query-groups", required=True)
+    linear_num_key_heads: int = number("linear_num_key_heads", "--linear-num-key-heads", 16)
+    linear_num_value_heads: int = number("linear_num_value_heads", "--linear-num-value-heads", 32)
+    ffn_hidden_size: int | None = number("intermediate_size", "--ffn-hidden-size", None, only="dense", required=True)
+    num_experts: int | None = number("num_experts", "--num-experts", None, only="moe", required=True)
+    moe_router_topk: int | None = number("num_experts_per_tok", "--moe-router-topk", None, only="moe", required=True)
+    moe_ffn_hidden_size: int | None = number(
+        "moe_intermediate_size", "--moe-ffn-hidden-size", None, only="moe", required=True
+    )
+    moe_shared_expert_intermediate_size: int | None = number(
+        "shared_expert_intermediate_size", "--moe-shared-expert-intermediate-size", None, only="moe", required=True
+    )
     tie_word_embeddings: bool = False
-    kv_channels: int = 256
-    rotary_percent: float = 0.25
-    rotary_base: int = 10_000_000
-    mrope_section: tuple[int, int, int] = (11, 11, 10)
-    linear_key_head_dim: int = 128
-    linear_value_head_dim: int = 128
-    linear_conv_kernel_dim: int = 4
-    full_attention_interval: int = 4
-    norm_epsilon: float = 1e-6
-    init_method_std: float = 0.02
-    vocab_size: int = 248320
-    max_position_embeddings: int = 262144
-    mtp_num_layers: int = 1
+    kv_channels: int = number("head_dim", "--kv-channels", 256)
+    rotary_percent: float = number("rope_parameters.partial_rotary_factor", "--rotary-percent", 0.25)
+    rotary_base: int = number("rope_parameters.rope_theta", "--rotary-base", 10_000_000, read=_whole)
+    mrope_section: tuple[int, int, int] = number(
+        "rope_parameters.mrope_section", "--mrope-section", (11, 11, 10), read=tuple
+    )
+    linear_key_head_dim: int = number("linear_key_head_dim", "--linear-key-head-dim", 128)
+    linear_value_head_dim: int = number("linear_value_head_dim", "--linear-value-head-dim", 128)
+    linear_conv_kernel_dim: int = number("linear_conv_kernel_dim", "--linear-conv-kernel-dim", 4)
+    full_attention_interval: int = number(None, "--linear-attention-freq", 4, read=_interval)
+    norm_epsilon: float = number("rms_norm_eps", "--norm-epsilon", 1e-6, dest="layernorm_epsilon")
+    init_method_std: float = number("initializer_range", "--init-method-std", 0.02)
+    vocab_size: int = number("vocab_size", "--padded-vocab-size", 248320, required=True)
+    max_position_embeddings: int = number("max_position_embeddings", "--max-position-embeddings", 262144)
+    # Megatron's None is no MTP layer.
+    mtp_num_layers: int = number("mtp_num_hidden_layers", "--mtp-num-layers", 1, read=lambda value: value or 0)
     vision: Qwen35VLVisionConfig = field(default_factory=Qwen35VLVisionConfig)
     token_ids: SpecialTokenIds = field(default_factory=SpecialTokenIds)
 
@@ -150,126 +176,47 @@ class Qwen35VLConfig:
         The embedding has `vocab_size` rows whatever the tokenizer or TP: `--padded-vocab-size` is final, and
         without it Megatron would pad the tokenizer's size to a multiple of 128 * TP.
         """
-        flags = {
-            "--num-layers": self.num_layers,
-            "--hidden-size": self.hidden_size,
-            "--ffn-hidden-size": self.dense_ffn_hidden_size,
-            "--num-attention-heads": self.num_attention_heads,
-            "--num-query-groups": self.num_query_groups,
-            "--kv-channels": self.kv_channels,
-            "--max-position-embeddings": self.max_position_embeddings,
-            "--vocab-size": self.vocab_size,
-            "--padded-vocab-size": self.vocab_size,
-            "--normalization": "RMSNorm",
-            "--norm-epsilon": self.norm_epsilon,
-            "--init-method-std": self.init_method_std,
-            # Not mrope: Megatron's argument check forbids it with MTP. The model is told mrope when it is built.
-            "--position-embedding-type": "rope",
-            "--rotary-percent": self.rotary_percent,
-            "--rotary-base": self.rotary_base,
-            "--attention-dropout": 0.0,
-            "--hidden-dropout": 0.0,
-            "--experimental-attention-variant": "gated_delta_net",
-            "--linear-attention-freq": self.full_attention_interval,
-            "--linear-conv-kernel-dim": self.linear_conv_kernel_dim,
-            "--linear-key-head-dim": self.linear_key_head_dim,
-            "--linear-value-head-dim": self.linear_value_head_dim,
-            "--linear-num-key-heads": self.linear_num_key_heads,
-            "--linear-num-value-heads": self.linear_num_value_heads,
+        numbers = {
+            spelling.flag: getattr(self, name)
+            for name, spelling in spellings(self)
+            if spelling.flag is not None and spelling.applies(self.is_moe)
         }
-        switches = [
-            "--group-query-attention",
-            "--apply-layernorm-1p",
-            "--swiglu",
-            "--disable-bias-linear",
-            "--qk-layernorm",
-            "--attention-output-gate",
+        # Given to MoE too, where only `--num-experts 0` uses it.
+        numbers["--ffn-hidden-size"] = self.dense_ffn_hidden_size
+        if not self.mtp_num_layers:
+            del numbers["--mtp-num-layers"]
+        structure = [
+            *("--vocab-size", str(self.vocab_size)),
+            *_STRUCTURE,
+            *(() if self.tie_word_embeddings else ("--untie-embeddings-and-output-weights",)),
+            *(("--mtp-loss-scaling-factor", "0.1") if self.mtp_num_layers else ()),
+            *(_MOE_STRUCTURE if self.is_moe else ()),
         ]
-        if not self.tie_word_embeddings:
-            switches.append("--untie-embeddings-and-output-weights")
-        if self.mtp_num_layers:
-            flags |= {"--mtp-num-layers": self.mtp_num_layers, "--mtp-loss-scaling-factor": 0.1}
-        if self.is_moe:
-            # Softmax over the chosen experts, Megatron's default, is softmax over all, renormalised.
-            flags |= {
-                "--num-experts": self.num_experts,
-                "--moe-router-topk": self.moe_router_topk,
-                "--moe-ffn-hidden-size": self.moe_ffn_hidden_size,
-                "--moe-shared-expert-intermediate-size": self.moe_shared_expert_intermediate_size,
-                "--moe-router-load-balancing-type": "aux_loss",
-                "--moe-aux-loss-coeff": 0.001,
-                "--moe-router-dtype": "fp32",
-                "--moe-token-dispatcher-type": "alltoall",
-            }
-            switches.append("--moe-shared-expert-gate")
-        return [
-            *(text for flag, value in flags.items() for text in (flag, str(value))),
-            "--mrope-section",
-            *map(str, self.mrope_section),
-            *switches,
-        ]
+        return [*(word for flag, value in numbers.items() for word in (flag, *words(value))), *structure]
 
-    @classmethod
-    def from_args(cls, args: Namespace) -> Qwen35VLConfig:
-        """The effective architecture: the variant's (or the folder's), and what explicit flags changed of it.
+    def with_flags(self, args: Namespace) -> Qwen35VLConfig:
+        """The effective architecture: this one (a variant's or a folder's), and what explicit flags changed of it.
 
         Args:
-            args: Megatron's arguments with ours (`arguments.parse`), or the few that the preflight reads.
-        """
-        base = VARIANTS[args.model_variant] if args.hf_config is None else cls.from_folder(args.hf_config)
-        is_moe = bool(args.num_experts)
-        return base.replace(
-            num_layers=args.num_layers,
-            hidden_size=args.hidden_size,
-            num_attention_heads=args.num_attention_heads,
-            num_query_groups=args.num_query_groups,
-            kv_channels=args.kv_channels,
-            ffn_hidden_size=None if is_moe else args.ffn_hidden_size,
-            num_experts=args.num_experts if is_moe else None,
-            moe_router_topk=args.moe_router_topk if is_moe else None,
-            moe_ffn_hidden_size=args.moe_ffn_hidden_size if is_moe else None,
-            moe_shared_expert_intermediate_size=(args.moe_shared_expert_intermediate_size if is_moe else None),
-            tie_word_embeddings=not args.untie_embeddings_and_output_weights,
-            rotary_percent=args.rotary_percent,
-            rotary_base=args.rotary_base,
-            mrope_section=tuple(args.mrope_section),
-            full_attention_interval=int(args.linear_attention_freq),
-            linear_conv_kernel_dim=args.linear_conv_kernel_dim,
-            linear_key_head_dim=args.linear_key_head_dim,
-            linear_value_head_dim=args.linear_value_head_dim,
-            linear_num_key_heads=args.linear_num_key_heads,
-            linear_num_value_heads=args.linear_num_value_heads,
-            norm_epsilon=args.layernorm_epsilon,
-            init_method_std=args.init_method_std,
-            vocab_size=args.padded_vocab_size,
-            max_position_embeddings=args.max_position_embeddings,
-            mtp_num_layers=args.mtp_num_layers or 0,
-            vision=(
-                base.vision
-                if args.vision_num_layers is None
-                else dataclasses.replace(base.vision, num_layers=args.vision_num_layers)
-            ),
-            token_ids=(
-                base.token_ids
-                if args.image_token_id is None
-                else dataclasses.replace(base.token_ids, image=args.image_token_id)
-            ),
-        )
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> Qwen35VLConfig:
-        """Read `folder/config.json`.
+            args: a complete command line's, as the preflight or Megatron read it.
 
         Raises:
-            ValueError: no such file, not JSON, or not this architecture; the message names the folder.
+            ValueError: `--linear-attention-freq` isn't a number.
         """
-        config = read_object(Path(folder) / "config.json")
-        try:
-            return cls.from_hf(config)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+        is_moe = bool(args.num_experts)
+        numbers = {
+            name: spelling.read(getattr(args, spelling.dest)) if spelling.applies(is_moe) else None
+            for name, spelling in spellings(self)
+            if spelling.dest is not None
+        }
+        return self.replace(
+            **numbers,
+            tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+            vision=overridden(self.vision, args),
+            token_ids=overridden(self.token_ids, args),
+        )
 
-    # HuggingFace spelling
+    # HuggingFace's spelling
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of `Qwen3_5ForConditionalGeneration` (dense) or `Qwen3_5MoeForConditionalGeneration`.
@@ -277,40 +224,37 @@ class Qwen35VLConfig:
         Field by field as the released folders write it; `mtp_num_hidden_layers` and `mamba_ssm_dtype` are there
         too, though transformers 5.17 reads neither.
         """
+        model_type = "qwen3_5_moe" if self.is_moe else "qwen3_5"
+        numbers = section_of(self)
         text = {
-            "model_type": "qwen3_5_moe_text" if self.is_moe else "qwen3_5_text",
-            **{hf: getattr(self, ours) for ours, hf in _HF_TEXT_NAMES.items() if getattr(self, ours) is not None},
+            "model_type": f"{model_type}_text",
+            **numbers,
             "tie_word_embeddings": self.tie_word_embeddings,
             "layer_types": [
                 "linear_attention" if (i + 1) % self.full_attention_interval else "full_attention"
                 for i in range(self.num_layers)
             ],
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": self.rotary_base,
-                "partial_rotary_factor": self.rotary_percent,
-                "mrope_section": list(self.mrope_section),
-                "mrope_interleaved": True,
-            },
+            "rope_parameters": {"rope_type": "default", **numbers["rope_parameters"], "mrope_interleaved": True},
+            "full_attention_interval": self.full_attention_interval,
             "hidden_act": "silu",
             "attn_output_gate": True,
             "attention_bias": False,
             "mamba_ssm_dtype": "float32",
+            "mlp_only_layers": [],
+            "mtp_use_dedicated_embeddings": False,
         }
         return {
             "architectures": [_HF_CLASSES[self.is_moe]],
-            "model_type": "qwen3_5_moe" if self.is_moe else "qwen3_5",
+            "model_type": model_type,
             "text_config": text,
             "vision_config": {
-                "model_type": "qwen3_5_moe_vision" if self.is_moe else "qwen3_5_vision",
-                **{hf: getattr(self.vision, ours) for ours, hf in _HF_VISION_NAMES.items()},
+                "model_type": model_type,  # as releases have it; transformers reads both and saves its own
+                **section_of(self.vision),
                 "out_hidden_size": self.hidden_size,
                 "hidden_act": "gelu_pytorch_tanh",
+                "deepstack_visual_indexes": [],
             },
-            "image_token_id": self.token_ids.image,
-            "video_token_id": self.token_ids.video,
-            "vision_start_token_id": self.token_ids.vision_start,
-            "vision_end_token_id": self.token_ids.vision_end,
+            **section_of(self.token_ids),
             "tie_word_embeddings": self.tie_word_embeddings,
         }
 
@@ -323,39 +267,25 @@ class Qwen35VLConfig:
                 to another, or a structure that the harness doesn't build; the message names every key at fault.
         """
         is_moe = config.get("model_type") == "qwen3_5_moe"
-        if config.get("model_type") not in ("qwen3_5", "qwen3_5_moe"):
+        if config.get("model_type") not in MODEL_TYPES:
             raise ValueError(
                 f"config.json has model_type {config.get('model_type')!r}; expected 'qwen3_5' or 'qwen3_5_moe'"
             )
         text, vision = (_hf_section(config, name) for name in ("text_config", "vision_config"))
         _refuse(config_problems(config))
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        fields = {
-            ours: text[hf] for ours, hf in _HF_TEXT_NAMES.items() if hf in text and (is_moe or hf not in _HF_MOE_NAMES)
-        }
-        if is_moe:
-            fields.pop("ffn_hidden_size", None)  # every layer is sparse
-        required = set(_HF_REQUIRED) | (_HF_MOE_NAMES if is_moe else {"intermediate_size"})
+        required = {s.hf for _, s in spellings(cls) if s.hf is not None and s.required and s.applies(is_moe)}
         if missing := sorted(required - set(text)):
             raise ValueError(f"config.json: text_config lacks {', '.join(missing)}")
-        theta = rope.get("rope_theta", text.get("rope_theta", cls.rotary_base))
-        if theta != int(theta):
-            raise ValueError(f"config.json: text_config.rope_parameters.rope_theta is {theta}; it has to be whole")
+        # transformers 4 had rope_scaling, and rope_theta beside it.
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         read = cls(
-            **fields,
+            # transformers leaves the number out of folders without MTP.
+            **numbers_of(cls, {"mtp_num_hidden_layers": 0, **text, "rope_parameters": {**text, **rope}}, is_moe),
             full_attention_interval=_full_attention_interval(text),
             # The top-level flag is the true one: text_config repeats its class default.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            rotary_base=int(theta),
-            rotary_percent=rope.get("partial_rotary_factor", text.get("partial_rotary_factor", cls.rotary_percent)),
-            mrope_section=tuple(rope.get("mrope_section", cls.mrope_section)),
-            vision=Qwen35VLVisionConfig(**{ours: vision[hf] for ours, hf in _HF_VISION_NAMES.items() if hf in vision}),
-            token_ids=SpecialTokenIds(
-                image=config.get("image_token_id", SpecialTokenIds.image),
-                video=config.get("video_token_id", SpecialTokenIds.video),
-                vision_start=config.get("vision_start_token_id", SpecialTokenIds.vision_start),
-                vision_end=config.get("vision_end_token_id", SpecialTokenIds.vision_end),
-            ),
+            vision=Qwen35VLVisionConfig(**numbers_of(Qwen35VLVisionConfig, vision, is_moe)),
+            token_ids=SpecialTokenIds(**numbers_of(SpecialTokenIds, config, is_moe)),
         )
         contradictions = relation_problems(read)
         out = vision.get("out_hidden_size", read.hidden_size)
@@ -365,60 +295,39 @@ class Qwen35VLConfig:
         return read
 
 
+MODEL_TYPES = ("qwen3_5", "qwen3_5_moe")
 # MTP can be left out (a folder that lacks it lacks tensors); positions can be extended; init is overwritten.
 _CHOICES = {"mtp_num_layers", "max_position_embeddings", "init_method_std"}
+_HF_CLASSES = {False: "Qwen3_5ForConditionalGeneration", True: "Qwen3_5MoeForConditionalGeneration"}
+# What the model is besides its numbers, in Megatron's flags.
+_STRUCTURE = (
+    *("--normalization", "RMSNorm"),
+    # Not mrope: Megatron's argument check forbids it with MTP. The model is told mrope when it is built.
+    *("--position-embedding-type", "rope"),
+    *("--attention-dropout", "0.0"),
+    *("--hidden-dropout", "0.0"),
+    *("--experimental-attention-variant", "gated_delta_net"),
+    "--group-query-attention",
+    "--apply-layernorm-1p",
+    "--swiglu",
+    "--disable-bias-linear",
+    "--qk-layernorm",
+    "--attention-output-gate",
+)
+# Softmax over the chosen experts, Megatron's default, is softmax over all, renormalised.
+_MOE_STRUCTURE = (
+    *("--moe-router-load-balancing-type", "aux_loss"),
+    *("--moe-aux-loss-coeff", "0.001"),
+    *("--moe-router-dtype", "fp32"),
+    *("--moe-token-dispatcher-type", "alltoall"),
+    "--moe-shared-expert-gate",
+)
 
 
 def _flattened(config: Qwen35VLConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     vision, token_ids = fields.pop("vision"), fields.pop("token_ids")
     return fields | {f"vision.{k}": v for k, v in vision.items()} | {f"token_ids.{k}": v for k, v in token_ids.items()}
-
-
-_HF_CLASSES = {False: "Qwen3_5ForConditionalGeneration", True: "Qwen3_5MoeForConditionalGeneration"}
-_HF_TEXT_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "linear_num_key_heads": "linear_num_key_heads",
-    "linear_num_value_heads": "linear_num_value_heads",
-    "linear_key_head_dim": "linear_key_head_dim",
-    "linear_value_head_dim": "linear_value_head_dim",
-    "linear_conv_kernel_dim": "linear_conv_kernel_dim",
-    "num_experts": "num_experts",
-    "moe_router_topk": "num_experts_per_tok",
-    "moe_ffn_hidden_size": "moe_intermediate_size",
-    "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
-    "norm_epsilon": "rms_norm_eps",
-    "init_method_std": "initializer_range",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "mtp_num_layers": "mtp_num_hidden_layers",
-}
-_HF_MOE_NAMES = {
-    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
-}  # fmt: skip
-_HF_REQUIRED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
-_HF_VISION_NAMES = {
-    "num_layers": "depth",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_heads",
-    "ffn_hidden_size": "intermediate_size",
-    "patch_size": "patch_size",
-    "temporal_patch_size": "temporal_patch_size",
-    "spatial_merge_size": "spatial_merge_size",
-    "num_position_embeddings": "num_position_embeddings",
-    "in_channels": "in_channels",
-}
 
 
 def _refuse(problems: list[str]) -> None:

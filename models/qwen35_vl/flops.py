@@ -64,12 +64,11 @@ def _vision_macs(vision: Qwen35VLVisionConfig, out_hidden_size: int, shape: Batc
     per_frame = shape.grid_thw[:, 1] * shape.grid_thw[:, 2]
     patches = int((frames * per_frame).sum())
     attended = int((frames * per_frame**2).sum())  # every patch of a frame sees every other
-    patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     merged_width = vision.hidden_size * vision.spatial_merge_size**2
     layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
     features = patches // vision.spatial_merge_size**2
     return (
-        patches * (patch_values * vision.hidden_size + vision.num_layers * layer)
+        patches * (vision.patch_dim * vision.hidden_size + vision.num_layers * layer)
         + vision.num_layers * attended * 2 * vision.hidden_size
         + features * (merged_width**2 + merged_width * out_hidden_size)
     )

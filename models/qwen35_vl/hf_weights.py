@@ -58,7 +58,7 @@ def weight_map(config: Qwen35VLConfig, storage: ExpertStorage | None = None) -> 
     if config.mtp_num_layers > 1:
         raise ValueError(f"HF's names hold one MTP layer, and the model has {config.mtp_num_layers}")
     sources = {**_vision(config), **_decoder(config, storage)}
-    ignored = [(r".*\.rotary_emb\.inv_freq", "computed, not learned")]
+    ignored = [(r"(.*\.)?rotary(_pos)?_emb\.(original_)?inv_freq", "computed, not learned")]
     copies = {}
     if config.tie_word_embeddings:
         ignored.append((r"lm_head\.weight", "tied to the embedding"))
@@ -70,8 +70,22 @@ def weight_map(config: Qwen35VLConfig, storage: ExpertStorage | None = None) -> 
     return WeightMap(sources, ignored, copies)
 
 
+def as_stored(config: Qwen35VLConfig, names: Iterable[str]) -> tuple[Qwen35VLConfig, list[str]]:
+    """A model as a folder's tensors bear it out, and what to tell the user about the difference.
+
+    transformers drops MTP's tensors and keeps their number of layers in config.json.
+    """
+    if not config.mtp_num_layers or any(name.startswith("mtp.") for name in names):
+        return config, []
+    notice = (
+        "no MTP: there are no mtp.* tensors, as transformers leaves a folder, though config.json says "
+        f"mtp_num_hidden_layers {config.mtp_num_layers}; exports will say 0"
+    )
+    return config.replace(mtp_num_layers=0), [notice]
+
+
 def canonical_parameters(
-    model: nn.Module, config: Qwen35VLConfig, prefix: str = ""
+    config: Qwen35VLConfig, model: nn.Module, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """This rank's parameters under their canonical names.
 
@@ -100,8 +114,13 @@ def canonical_parameters(
 
 
 def default_dtype(name: str) -> str:
-    """In which dtype, as safetensors spells it, released folders store this HF tensor."""
-    return "F32" if name.endswith(".A_log") else "BF16"
+    """In which dtype, as safetensors spells it, Qwen3.5's folders store this HF tensor; 3.6's and 3.8's have BF16."""
+    return "F32" if name.endswith((".linear_attn.A_log", ".linear_attn.norm.weight")) else "BF16"
+
+
+def is_wide(name: str) -> bool:
+    """Whether the model holds this HF tensor in float32 in 16-bit runs too (`models.common.gated_delta_net`)."""
+    return name.endswith((".linear_attn.A_log", ".linear_attn.dt_bias", ".linear_attn.norm.weight"))
 
 
 # A checkpoint keeps the rows of these by what they project to, in the order of their parts.
@@ -213,7 +232,6 @@ def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
     merged = width * vit.spatial_merge_size**2
     head = width // vit.num_attention_heads
     kernel = (vit.in_channels, vit.temporal_patch_size, vit.patch_size, vit.patch_size)
-    patch_dim = vit.in_channels * vit.temporal_patch_size * vit.patch_size**2
 
     def heads(hf_name: str) -> list[RowRange]:
         """HF has all queries, all keys, all values; megatron has query, key and value of each head."""
@@ -224,7 +242,7 @@ def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
         ]
 
     table = {
-        "patch_embed.weight": _whole(f"{HF_VISION}patch_embed.proj.weight", width, patch_dim, foreign_tail=kernel),
+        "patch_embed.weight": _whole(f"{HF_VISION}patch_embed.proj.weight", width, vit.patch_dim, foreign_tail=kernel),
         "patch_embed.bias": _whole(f"{HF_VISION}patch_embed.proj.bias", width),
         "pos_embed.weight": _whole(f"{HF_VISION}pos_embed.weight", vit.num_position_embeddings, width),
         "merger.norm.weight": _whole(f"{HF_VISION}merger.norm.weight", width),

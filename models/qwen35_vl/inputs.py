@@ -35,8 +35,7 @@ class Qwen35VLInputs:
 
     @property
     def patch_dim(self) -> int:
-        vision = self.config.vision
-        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return self.config.vision.patch_dim
 
     @property
     def patch_size(self) -> int:

@@ -13,13 +13,13 @@ from models.common.gpt import MultimodalGPTModel
 from models.common.output_layer import fuse_weight_gradients
 from models.qwen35_vl.configuration import Qwen35VLConfig
 from models.qwen35_vl.specs import decoder_block_spec, mtp_block_spec
-from models.qwen35_vl.vision_encoder import VisionEncoder
+from models.qwen35_vl.vision_encoder import VisionEncoder, vision_transformer_config
 
 
 def build_qwen35_vl(
     args: Namespace,
+    architecture: Qwen35VLConfig,
     language_config: TransformerConfig,
-    vision_config: TransformerConfig,
     *,
     pre_process: bool,
     post_process: bool,
@@ -27,7 +27,9 @@ def build_qwen35_vl(
     pg_collection: ProcessGroupCollection,
 ) -> MultimodalModel:
     """Build the stage that this rank owns; see `models.spec.BuildModel`."""
-    architecture = Qwen35VLConfig.from_args(args)
+    # megatron-core's argument check forbids MTP with mrope, so the command line says rope.
+    language_config.position_embedding_type = "mrope"
+    language_config.mrope_section = list(architecture.mrope_section)
     backend = get_backend(language_config.transformer_impl)
     language_model = MultimodalGPTModel(
         config=language_config,
@@ -50,7 +52,7 @@ def build_qwen35_vl(
     vision_model = None
     if pre_process:
         vision_model = VisionEncoder(
-            vision_config,
+            _vision_config(args, architecture, language_config),
             architecture.vision,
             backend,
             out_hidden_size=language_config.hidden_size,
@@ -62,3 +64,14 @@ def build_qwen35_vl(
     if args.fuse_weight_gradients:
         fuse_weight_gradients(model)
     return model
+
+
+def _vision_config(
+    args: Namespace, architecture: Qwen35VLConfig, language_config: TransformerConfig
+) -> TransformerConfig:
+    config = vision_transformer_config(language_config, architecture.vision)
+    if args.recompute_vision:
+        config.recompute_granularity = "full"
+        config.recompute_method = "uniform"
+        config.recompute_num_layers = 1
+    return config

@@ -8,11 +8,12 @@ from math import gcd
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
 
 
-def check_layout(args: Namespace) -> list[str]:
+def check_layout(args: Namespace, config: Qwen35VLConfig) -> list[str]:
     """Refusals of what Megatron's own divisibility rules don't cover (those are in `runtime.preflight`).
 
     Args:
-        args: the flags that the preflight reads, architecture included, under Megatron's names.
+        args: the complete command line's flags, under Megatron's names.
+        config: the model that they describe.
 
     Returns:
         One sentence per problem, naming the flag and the fix; empty when the layout can run.
@@ -22,13 +23,6 @@ def check_layout(args: Namespace) -> list[str]:
         return [
             f"--num-experts {args.num_experts} on a dense architecture also needs {', '.join(missing)}; "
             f"or take an MoE variant: {moe}"
-        ]
-    try:
-        config = Qwen35VLConfig.from_args(args)
-    except ValueError:
-        return [
-            f"--linear-attention-freq {args.linear_attention_freq}: only a number n is built, "
-            "for full attention in every n-th layer"
         ]
     return [
         *_check_decoder(args, config),

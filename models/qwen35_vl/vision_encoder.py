@@ -221,8 +221,7 @@ class VisionEncoder(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.pg_collection = pg_collection
-        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.patch_embed = PatchEmbedding(config, patch_dim)
+        self.patch_embed = PatchEmbedding(config, vision.patch_dim)
         self.pos_embed = PositionTable(config, vision.num_position_embeddings)
         self.decoder = TransformerBlock(
             config,

@@ -216,13 +216,6 @@ def toy_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DATASET_PROVIDERS, "toy", TOY)
 
 
-class Spec:
-    """The entry of a ModelSpec that the loader reads."""
-
-    def model_inputs(self, args: Namespace) -> ToyInputs:
-        return ToyInputs()
-
-
 def arguments(**changes: object) -> Namespace:
     return Namespace(
         **{
@@ -260,7 +253,7 @@ def arguments(**changes: object) -> Namespace:
 @pytest.fixture
 def provide(single_rank: None) -> Callable[..., tuple]:
     def make(vp_stage: int | None = None, **changes: object) -> tuple:
-        return dataset_provider(arguments(**changes), Spec(), None)([1, 1, 1], vp_stage=vp_stage)
+        return dataset_provider(arguments(**changes), ToyInputs(), None)([1, 1, 1], vp_stage=vp_stage)
 
     return make
 
@@ -296,7 +289,7 @@ def test_splits_that_no_flag_asks_for_are_not_built(provide: Callable[..., tuple
 
 
 def test_provider_gives_model_chunks_one_reader(single_rank: None) -> None:
-    provide = dataset_provider(arguments(virtual_pipeline_model_parallel_size=2, eval_iters=0), Spec(), None)
+    provide = dataset_provider(arguments(virtual_pipeline_model_parallel_size=2, eval_iters=0), ToyInputs(), None)
     first, second = (provide([1, 1, 1], vp_stage=stage)[0] for stage in (0, 1))
     assert next(first) is next(second)
     assert provide.is_distributed

@@ -202,7 +202,7 @@ def test_processor_and_model_must_agree(tiny: Qwen3VLProcessor, full: Qwen3VLPro
     with pytest.raises(ValueError, match="ids up to 1021 for a vocabulary of 1000 rows"):
         check_processor(tiny, {**config("tiny"), "text_config": {"vocab_size": 1000}}, None)
     vision = {**config("tiny")["vision_config"], "patch_size": 14}
-    with pytest.raises(ValueError, match=r"\(16, 2, 2\), the model's are \(14, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"patch_size is 16, the model's patch_size is 14"):
         check_processor(tiny, {**config("tiny"), "vision_config": vision}, None)
 
 

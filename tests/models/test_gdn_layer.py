@@ -17,22 +17,22 @@ from tests.errors import relative_error
 pytestmark = pytest.mark.usefixtures("single_rank")
 
 TINY = VARIANTS["tiny"]
-WIDE = ("A_log", "dt_bias")
+WIDE = ("A_log", "dt_bias", "out_norm.weight")
 
 
 def wide_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    found = {name: p for name, p in module.named_parameters() if name.rpartition(".")[2] in WIDE}
-    assert len(found) == 6  # three layers of the four
+    found = {name: p for name, p in module.named_parameters() if name.endswith(WIDE)}
+    assert len(found) == 9  # three layers of the four
     return found
 
 
 def other_dtypes(module: nn.Module) -> set[torch.dtype]:
-    return {p.dtype for name, p in module.named_parameters() if name.rpartition(".")[2] not in WIDE}
+    return {p.dtype for name, p in module.named_parameters() if not name.endswith(WIDE)}
 
 
 def test_initial_values() -> None:
     layer = build_decoder(TINY, torch.bfloat16).decoder.layers[0].self_attention
-    assert layer.A_log.dtype == layer.dt_bias.dtype == torch.float32
+    assert layer.A_log.dtype == layer.dt_bias.dtype == layer.out_norm.weight.dtype == torch.float32
     assert torch.equal(layer.dt_bias, torch.ones(8))
     assert ((layer.A_log >= 0) & (layer.A_log <= torch.tensor(16.0).log())).all()
     assert (layer.A_log != layer.A_log.bfloat16()).any(), "drawn in bfloat16"
@@ -50,7 +50,8 @@ def test_memory_after_the_meta_device() -> None:
         module.to_empty(device="cpu", recurse=False)
         module.reset_parameters()
     assert layer.A_log.dtype == torch.float32 and ((layer.A_log >= 0) & (layer.A_log < 2.8)).all()
-    assert torch.equal(layer.out_norm.weight, torch.ones(16).bfloat16())
+    assert torch.equal(layer.out_norm.weight, torch.ones(16))
+    assert layer.out_norm.weight.dtype == torch.float32
     assert torch.equal(decoder.decoder.final_layernorm.weight, torch.zeros(128).bfloat16())
     assert decoder.decoder.final_layernorm.weight.sequence_parallel is False
 
@@ -119,8 +120,32 @@ def test_optimizer_keeps_no_copy_of_them(trained: dict[str, Any]) -> None:
 
 def test_checkpoint_holds_them_in_float32(trained: dict[str, Any]) -> None:
     tensors = {t.key: t for t in trained["model"].module.module.sharded_state_dict().values() if hasattr(t, "key")}
-    found = [tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in WIDE]
-    assert len(found) == 6 and {tensor.dtype for tensor in found} == {torch.float32}
+    found = [tensor for key, tensor in tensors.items() if key.endswith(WIDE)]
+    assert len(found) == 9 and {tensor.dtype for tensor in found} == {torch.float32}
+
+
+def test_gated_norm_in_bfloat16_is_transformers_within_its_roundings() -> None:
+    """Float32 weights on bfloat16 activations: ours rounds the product once, transformers the normalised input too."""
+    from tests.hf_reference import modeling_qwen3_5
+
+    layer = build_decoder(TINY, torch.bfloat16).decoder.layers[0].self_attention
+    reference = modeling_qwen3_5.Qwen3_5RMSNormGated(16, eps=TINY.norm_epsilon)
+    generator = torch.Generator().manual_seed(0)
+    core, gate = (torch.randn(1, 500, 8, 16, generator=generator).bfloat16() for _ in range(2))
+    with torch.no_grad():
+        reference.weight.copy_(1 + 0.3 * torch.randn(16, generator=generator))
+        layer.out_norm.weight.copy_(reference.weight)
+        ours, theirs = layer._apply_gated_norm(core, gate).view(core.shape), reference(core, gate)
+        wide = core.double()
+        exact = wide * (wide.square().mean(-1, keepdim=True) + TINY.norm_epsilon).rsqrt() * reference.weight.double()
+        exact *= torch.nn.functional.silu(gate.double())
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    rounding = 2.0**-8 * exact.abs()  # of 8 significant bits
+    slack = 1.001  # the products of two roundings, and float32's own
+    assert ((ours - exact).abs() <= slack * rounding).all()
+    assert ((ours - theirs).abs() <= 3 * slack * rounding).all()
+    rounded = (layer.out_norm.weight.bfloat16().double() / reference.weight - 1).abs().max()
+    assert rounded > 2.0**-10, "weights that bfloat16 holds would prove nothing"
 
 
 def test_refuses_inference() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
-from tests.build_model import build_model, resolve_flags
+from tests.build_model import build_model, command_line_of
 from tests.hf_folders import random_tensors, write_folder
 from tests.hf_reference import build_hf_meta
 
@@ -36,7 +36,7 @@ def check_names_and_size(model: nn.Module, architecture: Qwen35VLConfig) -> None
 
     assert all(parameter.is_meta for parameter in model.parameters())
     sources = weight_map(architecture).sources
-    named = list(canonical_parameters(model, architecture))
+    named = list(canonical_parameters(architecture, model))
     assert sorted(name for name, _ in named) == sorted(sources)
     for name, parameter in named:
         assert tuple(parameter.shape) == sources[name].shape, name
@@ -122,15 +122,15 @@ def test_round_trip_is_exact(name: str, tmp_path: Path):
         assert_equal(export_hf_state(model, architecture, ExpertStorage(**layout)), state)
 
 
-def test_bfloat16_weights_and_float32_decay_keep_their_bits(tmp_path: Path):
-    """The released folders' dtypes: everything in bf16 but A_log."""
+def test_bfloat16_weights_and_wide_ones_keep_their_bits(tmp_path: Path):
+    """Everything in bf16 but what a run holds in float32."""
+    from models.qwen35_vl.hf_weights import is_wide
     from tests.hf_states import export_hf_state, load_hf_state
 
     architecture = ARCHITECTURES["moe_untied"]
     model = build_model(architecture, tmp_path, torch.bfloat16)
     state = {
-        name: tensor if name.endswith(("A_log", "dt_bias")) else tensor.bfloat16()
-        for name, tensor in random_state(architecture).items()
+        name: tensor if is_wide(name) else tensor.bfloat16() for name, tensor in random_state(architecture).items()
     }
     load_hf_state(model, state, architecture)
     assert_equal(export_hf_state(model, architecture), state)
@@ -172,6 +172,7 @@ def test_a_model_of_another_architecture_is_refused(tmp_path: Path):
 
 def test_load_hf_refuses_bad_values_by_name(tmp_path: Path):
     """NaN is found while a rank reads, in the tensor that has it; with the flag it is loaded."""
+    import arguments
     from models.weight_map import WeightMismatch
     from weights.job import load_hf
 
@@ -180,17 +181,19 @@ def test_load_hf_refuses_bad_values_by_name(tmp_path: Path):
     tensors["mtp.norm.weight"][5] = torch.nan
     write_folder(tmp_path / "hf", architecture, tensors)
     model = build_model(architecture, tmp_path, torch.bfloat16)
-    args = resolve_flags(architecture, tmp_path, "--load-hf", str(tmp_path / "hf"))
+    line = command_line_of(architecture, tmp_path, "--load-hf", str(tmp_path / "hf"))
+    args = arguments.resolve(line)
     with pytest.raises(WeightMismatch, match=r"^weights don't fit:\n  mtp\.norm\.weight: has NaN or infinity"):
-        load_hf(args, [model])
+        load_hf(args, line.spec, line.config, line.hf_source, [model])
     args.allow_nonfinite_weights = True
-    load_hf(args, [model])
+    load_hf(args, line.spec, line.config, line.hf_source, [model])
     assert [name for name, parameter in model.named_parameters() if parameter.isnan().any()] == [
         "language_model.mtp.layers.0.final_layernorm.weight"
     ]
 
 
 def test_load_hf_says_what_it_leaves_out_and_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import arguments
     from weights.job import load_hf
 
     architecture = ARCHITECTURES["no_mtp"]
@@ -199,8 +202,9 @@ def test_load_hf_says_what_it_leaves_out_and_rounds(tmp_path: Path, capsys: pyte
     tensors["model.visual.pos_embed.weight"] = tensors["model.visual.pos_embed.weight"].float()
     write_folder(tmp_path / "hf", with_mtp, tensors)
     model = build_model(architecture, tmp_path, torch.bfloat16)
-    args = resolve_flags(architecture, tmp_path, "--load-hf", str(tmp_path / "hf"), "--mtp-num-layers", "0", "--bf16")
-    load_hf(args, [model])
+    line = command_line_of(architecture, tmp_path, "--load-hf", str(tmp_path / "hf"), "--mtp-num-layers", "0", "--bf16")
+    args = arguments.resolve(line)
+    load_hf(args, line.spec, line.config, line.hf_source, [model])
     printed = capsys.readouterr().out
     count = sum(name.startswith("mtp.") for name in tensors)
     assert f"{count} tensors left out, mtp.fc.weight the first: the model is built without MTP" in printed

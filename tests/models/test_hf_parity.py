@@ -159,9 +159,10 @@ def test_logits_loss_and_gradients_equal_hf_in_float64(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["dense_tied", "moe_untied"])
 def test_transformers_gets_the_same_logits_from_a_trained_and_saved_model(name: str, tmp_path: Path):
     """Three steps of Adam, then --save-hf's folder in float64 through from_pretrained. Measured: 5.5e-16."""
+    import arguments
     from models.qwen35_vl.hf_weights import weight_map
-    from tests.build_model import resolve_flags
-    from weights.job import save_hf
+    from tests.build_model import command_line_of
+    from weights.job import HfExporter, save_hf
     from weights.origin import HfOrigin, write_hf_folder
 
     architecture = ARCHITECTURES[name].replace(mtp_num_layers=1)
@@ -176,13 +177,18 @@ def test_transformers_gets_the_same_logits_from_a_trained_and_saved_model(name: 
             trained = run_ours(model, architecture, sample).logits
         assert relative_error(trained, before) > 0.1
         record = dict.fromkeys(weight_map(architecture).tensors, "F64")
-        save_hf(
-            resolve_flags(architecture, tmp_path, "--max-shard-size", "2MB"),
-            [model],
-            tmp_path / "saved",
+        command_line = command_line_of(architecture, tmp_path, "--max-shard-size", "2MB")
+        exporter = HfExporter(
+            arguments.resolve(command_line),
+            command_line.spec,
+            command_line.config,
             record,
-            lambda folder: write_hf_folder(folder, architecture.to_hf(), None, HfOrigin(), with_record=False),
+            lambda folder: write_hf_folder(
+                folder, architecture.to_hf(), None, HfOrigin(record=record), with_record=False
+            ),
         )
+        exporter.attach([model])
+        save_hf(exporter, tmp_path / "saved")
         reference = load_hf_folder(architecture, tmp_path / "saved")
         assert relative_error(trained, run_hf(reference, architecture, sample).logits) < 1e-13
 

@@ -31,13 +31,17 @@ def pick(folder: Path, step: int | None = None) -> Start:
     return choose(folder, step, "torch_dist")
 
 
+def refused(folder: Path, step: int | None = None) -> str | None:
+    return problem(folder, pick(folder, step), "torch_dist")
+
+
 def shard(checkpoint: Path) -> Path:
     return next(checkpoint.glob("*.distcp"))
 
 
 def test_the_tracker_s_is_taken_without_a_word(folder: Path) -> None:
     assert pick(folder) == Start(folder / "iter_0000004")
-    assert problem(folder, None, "torch_dist") is None
+    assert refused(folder) is None
 
 
 def test_one_that_was_being_saved_isn_t_taken(folder: Path) -> None:
@@ -95,18 +99,18 @@ def test_nothing_to_start_from(tmp_path: Path) -> None:
 
 def test_step_that_isn_t_there(folder: Path) -> None:
     write(folder, 6, last_file=False)
-    assert "no iter_0000003 in it; complete are 2, 4" in problem(folder, 3, "torch_dist")
-    assert "it has no metadata.json" in problem(folder, 6, "torch_dist")
+    assert "no iter_0000003 in it; complete are 2, 4" in refused(folder, 3)
+    assert "it has no metadata.json" in refused(folder, 6)
 
 
 def test_release(folder: Path) -> None:
     (folder / checkpoints.TRACKER).write_text("release\n")
-    assert f"names release, but {folder / 'release'} is missing" in problem(folder, None, "torch_dist")
+    assert f"names release, but {folder / 'release'} is missing" in refused(folder)
     (folder / "iter_0000002").rename(folder / "release")
     assert pick(folder) == Start(folder / "release")
-    assert problem(folder, None, "torch_dist") is None
+    assert refused(folder) is None
     os.truncate(shard(folder / "release"), 10)
-    assert "bytes of" in problem(folder, None, "torch_dist")
+    assert "bytes of" in refused(folder)
 
 
 def test_truncated_shard(folder: Path) -> None:
@@ -114,8 +118,8 @@ def test_truncated_shard(folder: Path) -> None:
     size = path.stat().st_size
     os.truncate(path, size - 1)
     assert damage(path.parent, "torch_dist") == f"{path} has {size - 1} bytes of {size}"
-    assert "--ckpt-step 2 takes the last" in problem(folder, None, "torch_dist")
-    assert problem(folder, 2, "torch_dist") is None
+    assert "--ckpt-step 2 takes the last" in refused(folder)
+    assert refused(folder, 2) is None
 
 
 def test_shard_of_another_run(folder: Path) -> None:

@@ -59,13 +59,13 @@ def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
     import arguments
     from data.loader import dataset_provider
     from forward_step import ForwardStep
-    from models import MODEL_REGISTRY
     from pretrain_multimodal import model_provider
 
-    args = arguments.parse(arguments.preflight_or_exit([*FLAGS, *flags, "--context-parallel-size", str(ranks)]))
-    spec = MODEL_REGISTRY[args.model_arch]
-    train, _, _ = dataset_provider(args, spec, None)([None, None, None])
-    (model,) = get_model(partial(model_provider, spec, args), ModelType.encoder_or_decoder)
+    command_line = arguments.preflight_or_exit([*FLAGS, *flags, "--context-parallel-size", str(ranks)])
+    args = arguments.parse(command_line)
+    spec, config = command_line.spec, command_line.config
+    train, _, _ = dataset_provider(args, spec.model_inputs(config), None)([None, None, None])
+    (model,) = get_model(partial(model_provider, spec, config, args), ModelType.encoder_or_decoder)
     next(train)  # starts the worker
     collectives = count_collectives()
     with counted_on_cpu() as syncs:

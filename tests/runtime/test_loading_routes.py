@@ -24,6 +24,13 @@ from runtime.loading import CheckedReader, CheckpointNotLoaded, as_data
 from tests.small_checkpoint import write
 
 
+def problem_of(
+    folder: Path, step: int | None = None, ckpt_format: str = "torch_dist", required: bool = False
+) -> str | None:
+    start = checkpoints.choose(folder, step, ckpt_format)
+    return checkpoints.problem(folder, start, ckpt_format, required=required)
+
+
 class Evil:
     """Leaves a folder where it is unpickled."""
 
@@ -142,7 +149,7 @@ def common_record(folder: Path, marker: Path) -> dict[str, Any]:
     metadata.storage_data[index] = place
     metadata.state_dict_metadata[index.fqn] = metadata.state_dict_metadata["step"]
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert checkpoints.problem(folder, None, "torch_dist") is None
+    assert problem_of(folder) is None
     return {"load": str(folder)}
 
 
@@ -179,7 +186,7 @@ def test_the_preflight_refuses_it_first(
 ) -> None:
     flags = route(folder, marker)
     named = Path(flags.get("pretrained_checkpoint") or flags["load"])
-    problem = checkpoints.problem(named, flags.get("ckpt_step"), flags.get("ckpt_format", "torch_dist"))
+    problem = problem_of(named, flags.get("ckpt_step"), flags.get("ckpt_format", "torch_dist"))
     assert "posix.mkdir, which no checkpoint does" in problem
 
 
@@ -220,7 +227,7 @@ def test_every_flipped_bit_of_a_tensor_is_found(folder: Path) -> None:
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        assert checkpoints.problem(folder, None, "torch_dist") is None  # which reads no shard
+        assert problem_of(folder) is None  # which reads no shard
         with pytest.raises(BaseException, match=r"__0_0\.distcp: the record at byte .* is damaged: Bad CRC-32"):
             read_all(checkpoint)
         with pytest.raises(BaseException, match="Bad CRC-32"), as_data():
@@ -267,7 +274,7 @@ def test_an_index_without_a_tensor_s_place_is_named(folder: Path) -> None:
     index = next(index for index in metadata.storage_data if index.fqn == "weight")
     del metadata.storage_data[index]
     path.write_bytes(pickle.dumps(metadata))
-    problem = checkpoints.problem(folder, None, "torch_dist")
+    problem = problem_of(folder)
     assert f"{path} doesn't say where weight is (1 such)" in problem and "--ckpt-step 2 takes the last" in problem
 
 
@@ -282,9 +289,9 @@ def test_a_pipe_is_not_waited_for(folder: Path, name: str) -> None:
 def test_where_the_checkpoints_are(folder: Path) -> None:
     run = folder.parent / "run"
     run.mkdir()
-    assert checkpoints.problem(run, None, "torch_dist") is None
-    assert f"--load {run}: no checkpoint in it" in checkpoints.problem(run, None, "torch_dist", required=True)
+    assert problem_of(run) is None
+    assert f"--load {run}: no checkpoint in it" in problem_of(run, required=True)
     folder.rename(run / "checkpoints")
-    assert f"did you mean {run / 'checkpoints'}?" in checkpoints.problem(run, None, "torch_dist")
+    assert f"did you mean {run / 'checkpoints'}?" in problem_of(run)
     inner = run / "checkpoints/iter_0000002"
-    assert f"give {inner.parent} and --ckpt-step 2" in checkpoints.problem(inner, None, "torch_dist")
+    assert f"give {inner.parent} and --ckpt-step 2" in problem_of(inner)

@@ -204,7 +204,11 @@ class TestResumingWithoutFusedAdam:
     def test_common_step_is_still_broken(self, broken_class: type) -> None:
         assert self.steps_after_loading_5(broken_class) == [8.0, 8.0, 8.0]
 
-    def test_common_step_mended(self, mended_class: type) -> None:
+    def test_common_step_mended(self, mended_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
+        from megatron.training import global_vars
+
+        switches = {"override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False}
+        monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", SimpleNamespace(**switches))
         assert self.steps_after_loading_5(mended_class) == [6.0, 6.0, 6.0]
 
     def test_missing_step_is_still_broken(self, broken_class: type) -> None:

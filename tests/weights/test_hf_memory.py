@@ -84,7 +84,6 @@ def load(rank: int, folder: Path, results: Any) -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     import arguments
-    from models import MODEL_REGISTRY
     from pretrain_multimodal import model_provider
     from weights.job import load_hf
 
@@ -95,16 +94,16 @@ def load(rank: int, folder: Path, results: Any) -> None:
     model_parallel_cuda_manual_seed(1)
     sizes = ["--micro-batch-size", "1", "--seq-length", "64", "--train-iters", "1", "--lr", "1e-4", "--bf16"]
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2"]
-    args = arguments.resolve(
-        arguments.preflight_or_exit(["--load-hf", str(folder), *sizes, *layout, "--no-initialization"])
-    )
+    command_line = arguments.preflight_or_exit(["--load-hf", str(folder), *sizes, *layout, "--no-initialization"])
+    args = arguments.resolve(command_line)
+    spec, config = command_line.spec, command_line.config
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    model = model_provider(MODEL_REGISTRY[args.model_arch], args, first, last)
+    model = model_provider(spec, config, args, first, last)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     with measured() as memory:
-        load_hf(args, [model])
+        load_hf(args, spec, config, command_line.hf_source, [model])
     assert not any(parameter.isnan().any() for parameter in model.parameters())
     results[rank] = (memory.peak, sum(parameter.nbytes for parameter in model.parameters()))
     torch.distributed.barrier()

@@ -17,6 +17,8 @@ from runtime import checkpoints
 from tests import training_server
 from tests.training_server import ROOT, Job, TrainingServer
 
+pytestmark = pytest.mark.heavy
+
 ITERATIONS = 12
 FLAGS = ("--model-variant", "tiny", "--train-iters", str(ITERATIONS), "--save-interval", "100", "--num-workers", "1")
 
@@ -59,17 +61,17 @@ def end_by_signal(command: list[str], log: Path, **environment: str) -> tuple[in
     with open(log, "w") as file:
         run = subprocess.Popen(
             command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    end = time.monotonic() + 300
+    end = time.monotonic() + 900
     while not re.search(r"iteration +2/", log.read_text()):
         assert run.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
         time.sleep(0.1)
     begin = time.monotonic()
     run.send_signal(signal.SIGTERM)
-    return run.wait(timeout=300), time.monotonic() - begin
+    return run.wait(timeout=900), time.monotonic() - begin
 
 
 def lines(log: str) -> dict[int, tuple[str, ...]]:

@@ -1,0 +1,66 @@
+"""What the preflight refuses of HuggingFace weights and of checkpoints of another model. Torch-free."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from models import ModelConfig, ModelSpec
+from models.spec import HfWeights
+from runtime import checkpoints
+from weights.check import HfSource, check_folder, described
+from weights.folder import FolderError, HfFolder, occupied, parse_size, read_config
+
+
+def flag_refusals(args: Namespace, spec: ModelSpec[Any]) -> list[str]:
+    """Refusals of flags of HuggingFace weights that can't work whatever the folder has."""
+    if spec.hf_weights is None:
+        given = [flag for flag, value in (("--load-hf", args.load_hf), ("--save-hf", args.save_hf)) if value]
+        return [f"{flag}: {args.model_arch} has no table of HuggingFace weights" for flag in given]
+    problems = []
+    if args.save_hf_interval is not None and (args.save_hf is None or args.save_hf_interval < 1):
+        problems.append(f"--save-hf-interval {args.save_hf_interval}: needs --save-hf DIR and at least 1")
+    if args.save_hf is not None and args.save_hf_interval is None and (there := occupied(Path(args.save_hf))):
+        problems.append(f"--save-hf {args.save_hf}: {there}; give a new folder")
+    try:
+        parse_size(args.max_shard_size)
+    except ValueError as error:
+        problems.append(f"--max-shard-size {error}")
+    return problems
+
+
+def open_source(
+    path: Path, spec: ModelSpec[Any], weights: HfWeights[Any], config: ModelConfig, weights_are_here: bool
+) -> tuple[HfSource | None, list[str]]:
+    """`--load-hf`'s folder with its headers, and refusals: another model, tensors that don't fit."""
+    try:
+        differences = weights.differences(config, described(spec, read_config(path), path))
+        if differences or not weights_are_here:
+            return None, [f"--load-hf {path}: {difference}" for difference in differences]
+        folder = HfFolder.open(path)
+        if weights.as_stored(config, folder.shapes)[1]:
+            return None, [f"--mtp-num-layers: {path} has no tensors of MTP; leave the flag out"]
+        return check_folder(weights, config, folder), []
+    except FolderError as error:
+        return None, [f"--load-hf {error}"]
+
+
+def checkpoint_refusals(
+    args: Namespace, spec: ModelSpec[Any], config: ModelConfig, start: checkpoints.Start
+) -> list[str]:
+    """Refusals of a checkpoint whose `hf/config.json` describes another model than the flags, each with both values."""
+    flag, folder = "--load", args.load
+    if start.folder is None and args.pretrained_checkpoint is not None:
+        flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
+        start = checkpoints.choose(Path(folder), args.ckpt_step, args.ckpt_format)
+    if spec.hf_weights is None or start.folder is None:
+        return []
+    hf = Path(folder) / "hf"
+    if not (hf / "config.json").exists():
+        return []
+    try:
+        differing = spec.hf_weights.differences(config, described(spec, read_config(hf), hf))
+    except FolderError as error:
+        return [f"{flag} {error}"]
+    return [f"{flag} {folder}: its checkpoints are of another model: {difference}" for difference in differing]
