@@ -124,6 +124,25 @@ def _add_model_args(parser: ArgumentParser) -> None:
         help="Every context-parallel rank encodes all images; default: the ranks share them, each is encoded once",
     )
     group.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="Run each training micro-batch as two CUDA graphs; packs are padded to --seq-length tokens and "
+        "--max-patches-per-pack patches",
+    )
+    group.add_argument(
+        "--fuse-weight-gradients",
+        action="store_true",
+        help="Transformer Engine's linears and the output layer add weight gradients to Megatron's float32 ones where "
+        "they are made (Megatron's --gradient-accumulation-fusion, which needs Apex, is the other linears')",
+    )
+    group.add_argument(
+        "--keep-logits",
+        action="store_true",
+        help="Keep the logits of trained tokens in the model's dtype for backward, rather than compute them again: a "
+        "matrix product less, for 2 bytes x vocabulary / TP x trained tokens of a micro-batch (and as much per MTP "
+        "depth) of memory",
+    )
+    group.add_argument(
         "--allow-slow-kernels",
         action="store_true",
         help="On a GPU, run plain torch kernels where flash-linear-attention or Transformer Engine is missing, and "

@@ -5,7 +5,8 @@ Shapes: B rows, S tokens (the CP rank's share), T packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,15 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor, nn
 
-from data.batch import Batch, BatchStats, partition_batch
+from data.batch import Batch, BatchStats, partition_batch, tensors_of, with_tensors
 from data.step_record import MicroBatch, StepRecord
 from data.throughput import Throughput
+from models.common.packed import PackedDocuments
+from runtime.cuda_graphs import GraphedFunction
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -30,11 +32,13 @@ class ForwardStep:
 
     Args:
         bad_batches: `--dump-bad-batch`: where the batch of a step that goes wrong is saved.
+        cuda_graphs: run training micro-batches as CUDA graphs, one for each of their shapes.
     """
 
-    def __init__(self, bad_batches: Path | None = None) -> None:
+    def __init__(self, bad_batches: Path | None = None, *, cuda_graphs: bool = False) -> None:
         self._throughput: Throughput | None = None
         self._record = StepRecord(bad_batches)
+        self._graphs = MicroBatchGraphs() if cuda_graphs else None
 
     def __call__(self, data_iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, LossFunction]:
         """Run one micro-batch on this stage.
@@ -56,7 +60,10 @@ class ForwardStep:
         # Read by the MoE routers, whose auxiliary losses then don't depend on the share of trained tokens.
         stage.step.mean_trained_tokens = batch.stats.mean_trained_tokens
 
-        output = model(**model_inputs(batch))
+        if self._graphs is not None and model.training:
+            output = self._graphs.run(model, batch)
+        else:
+            output = model(**model_inputs(batch))
         report = self._rates(batch.stats, training=model.training) if stage.post_process else {}
         return output, partial(masked_loss, loss_mask=batch.loss_mask, rates=report, record=entry)
 
@@ -86,6 +93,42 @@ class ForwardStep:
         return {}
 
 
+class MicroBatchGraphs:
+    """Training micro-batches as CUDA graphs, whose first few of a shape run without.
+
+    Only one micro-batch is between forward and backward at a time, since there is no pipeline, so all graphs share
+    their memory.
+    """
+
+    # Kernels are compiled and tuned in the first, and memory is as it will be after the second.
+    WARM_UP = 3
+    MOST = 16  # graphs; batches of yet other shapes run without
+
+    def __init__(self) -> None:
+        self._graphs: dict[Hashable, GraphedFunction] = {}
+        self._seen: Counter[Hashable] = Counter()
+        self._pool: Any = None
+
+    def run(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[B, S] losses, as `model(**model_inputs(batch))` returns them."""
+        tensors = tensors_of(batch)
+        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()), batch.max_seqlen
+        if key not in self._graphs:
+            self._seen[key] += 1
+            if self._seen[key] <= self.WARM_UP or len(self._graphs) == self.MOST:
+                return model(**model_inputs(batch))
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = GraphedFunction(
+                lambda values: model(**model_inputs(with_tensors(batch, dict(values)))),
+                tensors,
+                (parameter for parameter in model.parameters() if parameter.requires_grad),
+                self._pool,
+            )
+            print(f"> CUDA graphs of micro-batch shape {len(self._graphs)} captured", flush=True)
+        get_attr_wrapped_model(model, "language_model").log_mtp_groups()
+        return self._graphs[key](tensors)
+
+
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """The arguments of `MultimodalModel.forward`."""
     return {
@@ -96,12 +139,13 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
         "feature_rows": batch.feature_rows,
         "labels": batch.labels,
         "loss_mask": batch.loss_mask,
+        "trained_rows": batch.trained_rows[0],
         "padding_mask": batch.padding_mask,
         "packed_seq_params": packed_seq_params(batch),
     }
 
 
-def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+def packed_seq_params(batch: Batch) -> PackedDocuments | None:
     """THD documents for attention and GatedDeltaNet; None in BSHD.
 
     Padding at a document's end counts as part of it: under causal masks it reaches no real token, and attention
@@ -109,7 +153,7 @@ def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
     """
     if batch.cu_seqlens is None:
         return None
-    return PackedSeqParams(
+    return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
@@ -117,6 +161,7 @@ def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
         cu_seqlens_kv_padded=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        chunk_indices=batch.chunk_indices,
     )
 
 

@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Plain python, without torchrun's rendezvous: one rank needs no port.
     store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
-    forward_step = ForwardStep(None if args.dump_bad_batch is None else Path(args.dump_bad_batch))
+    bad_batches = None if args.dump_bad_batch is None else Path(args.dump_bad_batch)
+    forward_step = ForwardStep(bad_batches, cuda_graphs=args.cuda_graphs)
 
     @record  # torchrun's last words are then the traceback of the rank that failed first
     @no_silent_end(exporter.chunks)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from data.pack import Pack
+from models.backends.documents import chunk_indices
+from models.common.gdn_kernels import FLA_CHUNK
 from models.context_parallel import partition_index
 from models.spec import BatchShape, ModelInputs
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # Device memory is read in lines of this many bytes.
 BUFFER_ALIGNMENT = 128
+# Trained rows of a batch come in multiples of this.
+ROW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,17 @@ class Batch:
     input_ids: [B, S] int64.
     labels: [B, S] int64, already shifted: labels[i] = input_ids[i + 1] inside a document.
     loss_mask: [B, S] float32, 1 where labels[i] is trained.
+    trained_rows: [context-parallel ranks, 1 + K, R] int64 (`partition_batch` leaves this rank's), for the next token
+        and each of the model's K further ones: places in a rank's flattened [B, S] whose label is trained, filled up
+        with -1 to a length that the host knows, so that nothing waits for the device to count them.
     padding_mask: [B, S] bool, True on padding.
     position_ids: [3, B, S] int64.
     vision_index: [B, S] int64, row of the vision features that replaces this token's embedding; -1 for text. Shared
         features are the ranks' one after another, feature_rows each.
     cu_seqlens: [N + 1] int32 over padded documents, cu_seqlens[-1] == T; None in BSHD.
-    max_seqlen: longest padded document (BSHD: S).
+    chunk_indices: [G, 2] int32, the row's chunks of `FLA_CHUNK` tokens (`models.backends.documents.chunk_indices`), for
+        kernels that would find them on the host; None in BSHD.
+    max_seqlen: longest padded document (BSHD: S), or more.
     vision: the vision encoder's keyword arguments, pixel_values [P, D] among them, for each context-parallel rank
         when the ranks share the images (`partition_batch` leaves this rank's), else once; None on pipeline stages
         that don't run it.
@@ -73,10 +82,12 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     loss_mask: Tensor
+    trained_rows: Tensor
     padding_mask: Tensor
     position_ids: Tensor
     vision_index: Tensor
     cu_seqlens: Tensor | None
+    chunk_indices: Tensor | None
     max_seqlen: int
     vision: tuple[dict[str, Tensor | int], ...] | None
     feature_rows: int | None
@@ -103,6 +114,7 @@ def collate(
     seq_len: int,
     dtype: torch.dtype,
     pad_token_id: int,
+    context_ranks: int = 1,
     vision_ranks: int = 1,
     with_vision: bool = True,
 ) -> Batch:
@@ -116,6 +128,7 @@ def collate(
         seq_len: no sample is longer.
         dtype: of the pixels.
         pad_token_id: input id and label of padding.
+        context_ranks: context-parallel ranks, which share the tokens.
         vision_ranks: context-parallel ranks that share the images; 1 when each encodes all of them.
         with_vision: this pipeline stage runs the vision encoder; elsewhere the samples' pixels aren't looked at.
 
@@ -148,14 +161,18 @@ def collate(
     loss_mask = pad_and_concat([sample.trained[1:] for sample in samples], False)
     grid_thw = torch.cat([sample.grid_thw for sample in samples])
     images = _Images.of(grid_thw, model_inputs, vision_ranks)
+    trained_rows = _trained_rows(loss_mask, cu_seqlens, model_inputs.further_tokens, context_ranks)
+    trained = tuple((trained_rows >= 0).sum((0, 2)).tolist())
     return Batch(
         input_ids=input_ids,
         labels=pad_and_concat([sample.input_ids[1:] for sample in samples], pad_token_id),
         loss_mask=loss_mask.float(),
+        trained_rows=trained_rows,
         padding_mask=~pad_and_concat(real_tokens, False),
         position_ids=pad_and_concat(positions, 0),
         vision_index=_vision_index(pad_and_concat(_placeholders(samples, model_inputs), False), images.feature_index()),
         cu_seqlens=cu_seqlens,
+        chunk_indices=chunk_indices(padded, FLA_CHUNK) if packed else None,
         max_seqlen=max(padded),
         vision=_vision(samples, images, model_inputs, dtype) if with_vision else None,
         feature_rows=images.feature_rows if vision_ranks > 1 else None,
@@ -169,7 +186,7 @@ def collate(
             patches=sum(images.patches),
             busiest_patches=max(images.encoded_patches),
             mean_patches=sum(images.encoded_patches) / vision_ranks,
-            flops=model_inputs.flops(BatchShape(tuple(padded), grid_thw)),
+            flops=model_inputs.flops(BatchShape(tuple(padded), grid_thw, trained)),
             samples=[sample.id for sample in samples],
         ),
     )
@@ -194,6 +211,35 @@ def _check(sample: Sample, model_inputs: ModelInputs, seq_len: int, *, with_visi
             f"{sample.id}: {placeholders} image tokens (id {model_inputs.image_token_id}) for {features} features "
             f"of its image grids {sample.grid_thw.tolist()}"
         )
+
+
+def _trained_rows(loss_mask: Tensor, cu_seqlens: Tensor | None, further_tokens: int, ranks: int) -> Tensor:
+    """See `Batch.trained_rows`.
+
+    Args:
+        loss_mask: [B, S] bool of all ranks.
+        further_tokens: K. A token's (k + 1)-th next one is trained where the next one of the k-th next token is, in
+            the same document: `models.common.mtp.shift_left` says the same on the device.
+    """
+    length = loss_mask.size(-1)
+    is_last = torch.zeros(length, dtype=torch.bool)
+    is_last[(cu_seqlens[1:] - 1).long() if cu_seqlens is not None else [length - 1]] = True
+    masks = [loss_mask]
+    for _ in range(further_tokens):
+        masks.append(masks[-1].roll(-1, dims=-1) & ~is_last)
+    of_ranks = []
+    for rank in range(ranks):
+        held = masks
+        if ranks > 1:
+            index = partition_index(rank, ranks, length=length, cu_seqlens=cu_seqlens, device=loss_mask.device)
+            held = [mask.index_select(-1, index) for mask in masks]
+        of_ranks.append([mask.flatten().nonzero().flatten() for mask in held])
+    # Rounded up, so that few lengths occur: kernels are chosen and memory is reused by them. Never empty: a batch
+    # without a trained token takes part in everything too.
+    longest = max(len(rows) for of_rank in of_ranks for rows in of_rank)
+    width = max(1, math.ceil(longest / ROW_ALIGNMENT)) * ROW_ALIGNMENT
+    filled = [torch.nn.functional.pad(rows, (0, width - len(rows)), value=-1) for rank in of_ranks for rows in rank]
+    return torch.stack(filled).view(ranks, 1 + further_tokens, width)
 
 
 def _placeholders(samples: Sequence[Sample], model_inputs: ModelInputs) -> list[Tensor]:
@@ -317,11 +363,16 @@ def partition_batch(batch: Batch, cp_group: ProcessGroup) -> Batch:
         cu_seqlens=batch.cu_seqlens,
         device=batch.input_ids.device,
     )
+    if batch.trained_rows.size(0) != cp_group.size():
+        raise ValueError(
+            f"a batch for {batch.trained_rows.size(0)} context-parallel ranks in a group of {cp_group.size()}"
+        )
     return replace(
         batch,
         input_ids=batch.input_ids.index_select(-1, index),
         labels=batch.labels.index_select(-1, index),
         loss_mask=batch.loss_mask.index_select(-1, index),
+        trained_rows=batch.trained_rows[cp_group.rank()].unsqueeze(0),
         padding_mask=batch.padding_mask.index_select(-1, index),
         position_ids=batch.position_ids.index_select(-1, index),
         vision_index=batch.vision_index.index_select(-1, index),
@@ -374,6 +425,26 @@ def flatten(batch: Batch) -> FlatBatch:
     for name, tensor in zip((n for n, p in places.items() if isinstance(p, list)), tensors, strict=True):
         _view(flat.buffer, places[name]).copy_(tensor)
     return flat
+
+
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
+    """The batch's tensors by name: a field's, or "vision.RANK.ARGUMENT"."""
+    tensors = {field.name: value for field in fields(batch) if isinstance(value := getattr(batch, field.name), Tensor)}
+    for rank, of_rank in enumerate(batch.vision or ()):
+        tensors |= {f"vision.{rank}.{name}": value for name, value in of_rank.items() if isinstance(value, Tensor)}
+    return tensors
+
+
+def with_tensors(batch: Batch, tensors: dict[str, Tensor]) -> Batch:
+    """The batch with other tensors in the place of its own, under the names of `tensors_of`."""
+    vision = None
+    if batch.vision is not None:
+        vision = tuple(
+            {name: tensors.get(f"vision.{rank}.{name}", value) for name, value in of_rank.items()}
+            for rank, of_rank in enumerate(batch.vision)
+        )
+    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    return replace(batch, vision=vision, **own)
 
 
 def unflatten(flat: FlatBatch) -> Batch:

@@ -11,7 +11,7 @@ import json
 import os
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data import DATASET_PROVIDERS, shared_memory
 from data.batch import Batch, CollatePacks, FlatBatch, collate, flatten, unflatten
 from data.conversation import Split
-from data.pack import IndexedPacks, PackPlan, SampleDataset, Sizes, measure
+from data.pack import IndexedPacks, Pack, PackPlan, SampleDataset, Sizes, measure
+from data.static_shapes import StaticShapes, pad_batch
 from models.context_parallel import document_alignment
 from runtime import checkpoints, lifetime
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 # A batch's header is at most this long, so that its broadcast needs no length first.
 HEADER_BYTES = 1 << 14
+# Documents and image frames of a pack that CUDA graphs make room for.
+STATIC_DOCUMENTS = 32
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,7 @@ def _build_readers(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = _ranks(device)
     with_vision = mpu.is_pipeline_first_stage(ignore_virtual=True)
+    pad_token_id = processor.tokenizer.pad_token_id if processor else 0
     collate_packs = partial(
         collate,
         model_inputs=model_inputs,
@@ -333,10 +337,22 @@ def _build_readers(
         packed=args.use_packed_sequence,
         seq_len=args.seq_length,
         dtype=args.params_dtype,
-        pad_token_id=processor.tokenizer.pad_token_id if processor else 0,
+        pad_token_id=pad_token_id,
+        context_ranks=args.context_parallel_size,
         vision_ranks=1 if args.redundant_vision else args.context_parallel_size,
         with_vision=with_vision,
     )
+
+    if args.cuda_graphs:
+        # Rows hold at most this many documents and frames in practice; a batch with more runs without a graph.
+        most = STATIC_DOCUMENTS * args.micro_batch_size
+        shapes = StaticShapes(
+            tokens=args.seq_length * args.micro_batch_size,
+            documents=most,
+            patches=args.max_patches_per_pack * args.micro_batch_size,
+            frames=most,
+        )
+        collate_packs = partial(_static, collate_packs, shapes, model_inputs, pad_token_id)
 
     def split(name: Split, micro_batch_size: int, global_batch_size: int) -> BatchReader:
         build = partial(DATASET_PROVIDERS[args.dataset_provider].build, args, name, processor, model_inputs)
@@ -372,6 +388,16 @@ def _build_readers(
         readers = {"train": train, "validation": valid, "test": test}
         _check_shared_memory({name: r for name, r in readers.items() if r is not None}, args, model_inputs, with_vision)
     return train, valid, test
+
+
+def _static(
+    collate_packs: CollatePacks,
+    shapes: StaticShapes,
+    model_inputs: ModelInputs,
+    pad_token_id: int,
+    packs: Sequence[Pack],
+) -> Batch:
+    return pad_batch(collate_packs(packs), shapes, model_inputs, pad_token_id)
 
 
 def _check_shared_memory(

@@ -143,6 +143,7 @@ class MultimodalModel(MegatronModule):
         feature_rows: int | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        trained_rows: Tensor | None = None,
         padding_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
@@ -156,6 +157,8 @@ class MultimodalModel(MegatronModule):
             feature_rows: R, when the context-parallel ranks share the images; None when `vision` has all of them.
             labels: [B, S] int64, already shifted; None asks for logits.
             loss_mask: [B, S] float32, 1 where the label is trained; MTP's loss needs it here.
+            trained_rows: [1 + K, R] int64, places in the flattened [B, S] of the tokens whose next (k further) token is
+                trained, -1 behind them; a decoder may compute these losses alone. None computes all.
             padding_mask: [B, S] bool, True on padding, which MoE routers leave out of their statistics.
             packed_seq_params: THD documents; None in BSHD.
 
@@ -180,6 +183,7 @@ class MultimodalModel(MegatronModule):
             decoder_input=decoder_input,
             labels=labels,
             loss_mask=loss_mask,
+            output_processor_context=trained_rows,  # GPTModel hands it to its _postprocess as it is
             padding_mask=padding_mask,
             packed_seq_params=packed_seq_params,
         )

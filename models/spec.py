@@ -28,10 +28,13 @@ class BatchShape:
 
     document_lengths: padded length of each document (THD) or row (BSHD), in tokens.
     grid_thw: [I, 3] int64, patches per image in time, height and width.
+    trained: how many tokens' next token is trained, and how many's further ones (`ModelInputs.further_tokens`): the
+        output layer runs on these alone. Empty: on all tokens.
     """
 
     document_lengths: tuple[int, ...]
     grid_thw: Tensor
+    trained: tuple[int, ...] = ()
 
 
 class ModelInputs(Protocol):
@@ -55,12 +58,24 @@ class ModelInputs(Protocol):
         """A patch's height and width in pixels."""
         ...
 
+    @property
+    def further_tokens(self) -> int:
+        """Tokens behind the next one that the model is trained to predict: MTP's depths."""
+        ...
+
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
         """[L] int64 and [I, 3] int64 of one document -> its [3, L] int64 positions."""
         ...
 
     def vision_inputs(self, grid_thw: Tensor) -> dict[str, Tensor | int]:
         """[I, 3] int64 -> the vision encoder's keyword arguments besides pixel_values."""
+        ...
+
+    def pad_vision(self, vision: dict[str, Tensor | int], patches: int, frames: int) -> dict[str, Tensor | int] | None:
+        """The vision encoder's keyword arguments, pixel_values among them, padded to a number of patches and frames.
+
+        Features of the padding come behind the real ones. None where there are more patches or frames already.
+        """
         ...
 
     def flops(self, shape: BatchShape) -> float:

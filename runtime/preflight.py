@@ -31,6 +31,10 @@ UNSUPPORTED = {
     "--data-path": "data comes from --dataset-provider",
     "--freeze-all-layers": "--freeze names what isn't trained",
     "--mock-data": "use --dataset-provider mock",
+    "--fp16-lm-cross-entropy": "the loss is computed in float32, in one operation with the output layer",
+    "--cross-entropy-loss-fusion": "the loss is fused with the output layer already",
+    "--defer-embedding-wgrad-compute": "the output layer and its loss are one operation",
+    "--use-mup": "the output layer's logits aren't scaled",
 }
 
 # Flags that no check could compute without, and those whose 0 says "none"; all numbers of layers, sizes and ranks that
@@ -116,6 +120,7 @@ def refusals(
         *_experts(args, world_size),
         *_pipeline(args),
         *_checkpoint(args, start),
+        *_cuda_graphs(args, given, machine),
         *output_folder.problems(args),
         *launch_environment.problems(world_size),
     ]
@@ -206,6 +211,45 @@ def _world(args: Namespace, world_size: int) -> list[str]:
                 f"{args.micro_batch_size} * {data_ranks} data-parallel ranks; {_nearest(args.global_batch_size, step)}"
             ]
     return []
+
+
+# What a captured micro-batch can't do, by flag.
+_NOT_IN_GRAPHS = {
+    "--use-megatron-fsdp": "it moves weights and gradients about",
+    "--overlap-grad-reduce": "gradients are added inside the graph, where no hook can start their reduction",
+    "--overlap-param-gather": "its hooks run on the host",
+    "--recompute-granularity": "recomputation restores random states, which can't be captured",
+    "--recompute-vision": "recomputation restores random states, which can't be captured",
+    "--fp16": "the loss scale would be fixed",
+    "--cuda-graph-impl": "these are the harness's own graphs",
+}
+
+
+def _cuda_graphs(args: Namespace, given: Iterable[str], machine: Machine) -> list[str]:
+    given = set(given)
+    problems = []
+    if args.fuse_weight_gradients and args.use_megatron_fsdp:
+        problems.append("--fuse-weight-gradients: Megatron-FSDP's gradient buffers aren't added to; drop one")
+    if not args.cuda_graphs:
+        return problems
+    if not machine.gpus or args.transformer_impl != "transformer_engine":
+        problems.append("--cuda-graphs: needs a GPU and --transformer-impl transformer_engine")
+    if not args.use_packed_sequence:
+        problems.append("--cuda-graphs: rows are documents packed to one length; add --use-packed-sequence")
+    if args.max_patches_per_pack is None:
+        problems.append("--cuda-graphs: images are padded to a number of patches; give it with --max-patches-per-pack")
+    if args.num_experts:
+        problems.append("--cuda-graphs: the host has to know how many tokens each expert gets; take a dense variant")
+    for flag, size in (
+        ("--tensor-model-parallel-size", args.tensor_model_parallel_size),
+        ("--pipeline-model-parallel-size", args.pipeline_model_parallel_size),
+        ("--context-parallel-size", args.context_parallel_size),
+    ):
+        if size > 1:
+            problems.append(f"--cuda-graphs with {flag} {size}: not built; drop one")
+    return problems + [
+        f"--cuda-graphs with {flag}: {why}; drop one" for flag, why in _NOT_IN_GRAPHS.items() if dest_of(flag) in given
+    ]
 
 
 def _attention_heads(args: Namespace) -> list[str]:

@@ -40,6 +40,7 @@ class ToyInputs:
     merge_size: int = 2
     patch_size: int = 16
     patch_dim: int = 3 * 2 * 16 * 16
+    further_tokens: int = 0
 
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
         return torch.arange(len(input_ids)).expand(3, -1)

@@ -24,6 +24,7 @@ class ToyInputs:
     merge_size = 2
     patch_dim = 3
     patch_size = 1
+    further_tokens = 2
 
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
         return torch.arange(len(input_ids)) * torch.tensor([[1], [10], [100]])

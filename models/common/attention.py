@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import jit
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 
+@jit.jit_fuser  # a kernel instead of ten; megatron-core's switch for what it compiles
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first R channels of each head, channel i with channel i + R / 2, in the dtype of cos and sin.
 

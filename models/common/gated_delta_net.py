@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import CheckpointWithoutOutput, get_cuda_rng_
 from torch import Tensor, nn
 
 from models.common.gdn_kernels import TORCH_KERNELS, kernels_for
+from models.common.packed import PackedDocuments
 from models.common.parallel_layers import ShardedConv1d
 from models.context_parallel import gathered_index
 
@@ -109,10 +110,11 @@ class PackedGatedDeltaNet(GatedDeltaNet):
             raise NotImplementedError("GatedDeltaNet keeps no state for inference here; export the checkpoint to HF")
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
         cu_seqlens = None if packed is None else packed.cu_seqlens_q
+        chunks = packed.chunk_indices if isinstance(packed, PackedDocuments) else None
 
         projected, _ = self.in_proj(hidden_states)
         projected, order = self._gather_sequence(projected, cu_seqlens)
-        core, gate = self._mix(projected.transpose(0, 1), cu_seqlens)
+        core, gate = self._mix(projected.transpose(0, 1), cu_seqlens, chunks)
         finish = partial(self._gated_norm, order=order)
         if not self.recompute_norm_out:
             return self.out_proj(finish(core, gate))
@@ -138,7 +140,7 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         order = gathered_index(self.cp_size, length=gathered.size(0), cu_seqlens=cu_seqlens, device=gathered.device)
         return gathered.index_select(0, order), order
 
-    def _mix(self, projected: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _mix(self, projected: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None) -> tuple[Tensor, Tensor]:
         """Convolution and gated delta rule over the whole sequence.
 
         Args:
@@ -153,7 +155,7 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         qkv, gate, beta, alpha = projected.split(self.feat_dim_split, dim=-1)
         sections = (self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp)
         weight = get_parameter_local_cp(self.conv1d.weight, 0, self.pg_collection.cp, sections)
-        qkv = kernels.causal_conv(qkv, weight.squeeze(1), cu_seqlens)
+        qkv = kernels.causal_conv(qkv, weight.squeeze(1), cu_seqlens, chunks)
 
         query, key, value = (x.unflatten(-1, (-1, head_dim)) for x, head_dim in self._split_qkv(qkv))
         repeats = self.num_value_heads // self.num_key_heads
@@ -161,7 +163,7 @@ class PackedGatedDeltaNet(GatedDeltaNet):
             query, key = (x.repeat_interleave(repeats, dim=2) for x in (query, key))
         decay_rate, dt_bias = (get_parameter_local_cp(x, 0, self.pg_collection.cp) for x in (self.A_log, self.dt_bias))
         g, beta = self._compute_g_and_beta(decay_rate, dt_bias, alpha, beta)
-        core = kernels.gated_delta_rule(query, key, value.contiguous(), g, beta.contiguous(), cu_seqlens)
+        core = kernels.gated_delta_rule(query, key, value.contiguous(), g, beta.contiguous(), cu_seqlens, chunks)
         return core, gate.unflatten(-1, (-1, self.value_head_dim))
 
     def _split_qkv(self, qkv: Tensor) -> list[tuple[Tensor, int]]:

@@ -15,14 +15,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.backends.documents import document_index
+from models.backends.documents import chunk_indices, document_index
 
 NORM_EPSILON = 1e-6
+# Tokens of a chunk of flash-linear-attention's kernels, which they are compiled for.
+FLA_CHUNK = 64
 # The fastest on CPU for heads of 16 (16 to 64 are within 25% of each other).
 CHUNK_SIZE = 32
 
@@ -31,15 +34,16 @@ CHUNK_SIZE = 32
 class GDNKernels:
     """One implementation of both operations.
 
-    causal_conv: (x [B, T, channels], weight [channels, taps], cu_seqlens) -> silu(convolution) [B, T, channels].
-    gated_delta_rule: (q, k [B, T, H, K], v [B, T, H, V], g, beta [B, T, H], cu_seqlens) -> [B, T, H, V]; q and k
+    causal_conv: (x [B, T, channels], weight [channels, taps], documents) -> silu(convolution) [B, T, channels].
+    gated_delta_rule: (q, k [B, T, H, K], v [B, T, H, V], g, beta [B, T, H], documents) -> [B, T, H, V]; q and k
         are normalised inside.
 
-    cu_seqlens is [N + 1] int32 with B = 1, or None: each row is a document.
+    documents is what follows as two arguments: cu_seqlens, [N + 1] int32 with B = 1, or None: each row is a document;
+    and chunk_indices, [G, 2] int32 or None (`models.common.packed.PackedDocuments`), which torch's kernels don't need.
     """
 
-    causal_conv: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    gated_delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    causal_conv: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    gated_delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 def kernels_for(device: torch.device, transformer_impl: str, *, deterministic: bool = False) -> GDNKernels:
@@ -177,24 +181,19 @@ def _scan(transition: Tensor, written: Tensor) -> Tensor:
     return torch.stack(states, dim=1).view(batch, heads, -1, key_dim, value_dim).transpose(1, 2)
 
 
-TORCH_KERNELS = GDNKernels(causal_conv, gated_delta_rule)
+TORCH_KERNELS = GDNKernels(
+    lambda x, weight, cu_seqlens, _: causal_conv(x, weight, cu_seqlens),
+    lambda q, k, v, g, beta, cu_seqlens, _: gated_delta_rule(q, k, v, g, beta, cu_seqlens),
+)
 
 
 @functools.cache
 def _fla_kernels() -> GDNKernels | None:
-    try:
-        from fla.modules.convolution import causal_conv1d
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    except ImportError:
+    if find_spec("fla") is None:
         return None
+    from models.common import fla_kernels
 
-    def conv(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return causal_conv1d(x=x, weight=weight, activation="silu", cu_seqlens=cu_seqlens)[0]
-
-    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens)[0]
-
-    return GDNKernels(conv, rule)
+    return GDNKernels(fla_kernels.causal_conv, fla_kernels.gated_delta_rule)
 
 
 @dataclass(frozen=True)
@@ -241,10 +240,15 @@ FLA_TOLERANCE = 0.03
 
 def kernel_errors(kernels: GDNKernels, sizes: GDNSizes, device: torch.device) -> dict[str, float]:
     """Relative errors of bfloat16 outputs and gradients against torch's in float64, by name; NaN where they are NaN."""
-    cu_seqlens = torch.tensor([0, 1, 131, 134, 264, 320], dtype=torch.int32, device=device)
+    # The last document is empty, and behind the chunks there is one that isn't there: as where sizes are static.
+    lengths = (1, 130, 3, 130, 56, 0)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    chunks = F.pad(chunk_indices(lengths, FLA_CHUNK), (0, 0, 0, 1), value=0)
+    chunks[-1, 0] = len(lengths) - 1
+    chunks = chunks.to(device)
     inputs = _check_inputs(device, sizes, length=320)
-    expected = _outputs_and_gradients(TORCH_KERNELS, [x.double() for x in inputs], cu_seqlens)
-    actual = _outputs_and_gradients(kernels, inputs, cu_seqlens)
+    expected = _outputs_and_gradients(TORCH_KERNELS, [x.double() for x in inputs], cu_seqlens, chunks)
+    actual = _outputs_and_gradients(kernels, inputs, cu_seqlens, chunks)
     return {name: ((actual[name].double() - x).norm() / x.norm()).item() for name, x in expected.items()}
 
 
@@ -267,11 +271,13 @@ def _check_inputs(device: torch.device, sizes: GDNSizes, length: int) -> list[Te
     return [x if index == 5 else x.bfloat16() for index, x in enumerate(inputs)]
 
 
-def _outputs_and_gradients(kernels: GDNKernels, inputs: list[Tensor], cu_seqlens: Tensor) -> dict[str, Tensor]:
+def _outputs_and_gradients(
+    kernels: GDNKernels, inputs: list[Tensor], cu_seqlens: Tensor, chunks: Tensor
+) -> dict[str, Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     x, weight, q, k, v, g, beta = leaves
-    conv = kernels.causal_conv(x, weight, cu_seqlens)
-    rule = kernels.gated_delta_rule(q, k, v, g, beta, cu_seqlens)
+    conv = kernels.causal_conv(x, weight, cu_seqlens, chunks)
+    rule = kernels.gated_delta_rule(q, k, v, g, beta, cu_seqlens, chunks)
     gradients = torch.autograd.grad(_weighted_sum(conv) + _weighted_sum(rule), leaves)
     names = ("x", "weight", "q", "k", "v", "g", "beta")
     return {

@@ -1,6 +1,6 @@
 """The decoder: megatron-core's GPTModel with interleaved MRoPE and an MTP loss that doesn't depend on the layout.
 
-B rows, S tokens of this context-parallel rank, H hidden, V vocabulary.
+B rows, S tokens of this context-parallel rank, H hidden, V vocabulary, K depths of MTP, R trained tokens.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import get_data_parallel_group
-from megatron.core.transformer.multi_token_prediction import (
-    MTPLossAutoScaler,
-    MTPLossLoggingHelper,
-    _compute_mtp_acceptance_counts,
-)
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 from torch import Tensor
 
 from models.common.mrope import InterleavedMRoPE
 from models.common.mtp import shift_left
+from models.common.output_layer import let_compute_losses
 from models.common.parallel_layers import let_reset
 
 
 class MultimodalGPTModel(GPTModel):
-    """One pipeline stage of the decoder, for training. Takes GPTModel's arguments.
+    """One pipeline stage of the decoder, for training. Takes GPTModel's arguments, and `keep_logits`.
+
+    The output layer and its loss are one operation, which needs no logits of all tokens at once; see
+    `models.common.linear_cross_entropy`, also for `keep_logits`. `forward` takes which tokens are trained as
+    `output_processor_context`, the one argument of GPTModel's that only `_postprocess` reads: [1 + K, R] int64, for
+    the next token and for each depth of MTP the places in the flattened [B, S], filled up with -1. Other losses are
+    zero then. None computes every token's.
 
     MTP runs in training only. Its loss is a sum over tokens like the main one, so that Megatron's division by the
     step's trained tokens serves both: for depth k of K, `mtp_loss_scaling_factor` / K times the mean over the tokens
@@ -33,7 +36,7 @@ class MultimodalGPTModel(GPTModel):
     micro-batch's.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, keep_logits: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.config.mtp_num_layers and not self.config.calculate_per_token_loss:
             raise ValueError("--mtp-num-layers needs --calculate-per-token-loss here")
@@ -47,6 +50,7 @@ class MultimodalGPTModel(GPTModel):
             let_reset(self.embedding.word_embeddings, self.config.embedding_init_method)
         if self.post_process:
             let_reset(self.output_layer, self.config.init_method)
+            let_compute_losses(self.output_layer, keep_logits=keep_logits)
         self.rotary_pos_emb = InterleavedMRoPE(self.config.kv_channels, self.rotary_percent, self.rotary_base)
 
     def _postprocess(
@@ -65,6 +69,7 @@ class MultimodalGPTModel(GPTModel):
         runtime_gather_output: bool | None,
         extra_block_kwargs: dict[str, Any] | None,
         inference_context: Any,
+        output_processor_context: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """MTP, output layer and losses; called by GPTModel.forward with its own arguments and what it computed.
@@ -93,16 +98,22 @@ class MultimodalGPTModel(GPTModel):
         output_weight = None
         if self.share_embeddings_and_output_weights:
             output_weight = self.shared_embedding_or_output_weight()
+        rows = output_processor_context
         if self.config.mtp_num_layers and self.training:
             hidden_states, *predictions = hidden_states.chunk(1 + self.config.mtp_num_layers)
             if labels is not None:
                 hidden_states = self._attach_mtp_losses(
-                    hidden_states, predictions, labels, loss_mask, output_weight, packed_seq_params
+                    hidden_states, predictions, labels, loss_mask, rows, output_weight, packed_seq_params
                 )
-        logits, _ = self.output_layer(hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output)
         if labels is None:
+            logits, _ = self.output_layer(
+                hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
+            )
             return logits.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels, logits)
+        losses, _ = self.output_layer(
+            hidden_states, weight=output_weight, losses_of=labels, rows=None if rows is None else rows[0]
+        )
+        return losses
 
     def _attach_mtp_losses(
         self,
@@ -110,6 +121,7 @@ class MultimodalGPTModel(GPTModel):
         predictions: list[Tensor],
         labels: Tensor,
         loss_mask: Tensor | None,
+        rows: Tensor | None,
         output_weight: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
     ) -> Tensor:
@@ -118,6 +130,7 @@ class MultimodalGPTModel(GPTModel):
         Args:
             predictions: [S, B, H] of each depth.
             loss_mask: [B, S]; None trains every token.
+            rows: [1 + K, R]; see the class.
         """
         cp_group = self.pg_collection.cp
         if loss_mask is None:
@@ -136,21 +149,30 @@ class MultimodalGPTModel(GPTModel):
 
         for depth, (states, count) in enumerate(zip(predictions, predicted, strict=True)):
             depth_labels, depth_mask = targets[depth + 1]
-            logits, _ = self.output_layer(states, weight=output_weight)
-            losses = self.compute_language_model_loss(depth_labels, logits) * depth_mask
-            self._log_mtp(losses.detach().sum() / count, logits.detach(), depth_labels, depth_mask, depth)
+            losses, hits = self.output_layer(
+                states,
+                weight=output_weight,
+                losses_of=depth_labels,
+                rows=None if rows is None else rows[1 + depth],
+            )
+            losses = losses * depth_mask
+            trained_here = depth_mask > 0
+            self._log_mtp(losses.detach().sum() / count, hits & trained_here, trained_here, depth)
             hidden_states = MTPLossAutoScaler.apply(hidden_states, scale * trained / count * losses)
         return hidden_states
 
-    def _log_mtp(self, loss: Tensor, logits: Tensor, labels: Tensor, mask: Tensor, depth: int) -> None:
+    def log_mtp_groups(self) -> None:
+        """Name the groups that MTP's log is reduced over: where a CUDA graph runs, `_log_mtp` doesn't."""
+        if self.config.mtp_num_layers and self.post_process:
+            tracker = MTPLossLoggingHelper.tracker
+            tracker["reduce_group"], tracker["avg_group"] = self.pg_collection.cp, get_data_parallel_group()
+
+    def _log_mtp(self, loss: Tensor, hits: Tensor, trained: Tensor, depth: int) -> None:
         """For Megatron's log: mean loss and hit rate of a depth, over CP (sum) and data ranks (mean)."""
-        correct, total = _compute_mtp_acceptance_counts(
-            logits, labels, mask, self.output_layer, None, self.pg_collection.tp
-        )
         MTPLossLoggingHelper.save_metrics_to_tracker(
             loss,
-            correct,
-            total,
+            hits.sum().float(),
+            trained.sum().float(),
             depth,
             self.config.mtp_num_layers,
             reduce_group=self.pg_collection.cp,

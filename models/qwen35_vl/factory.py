@@ -32,8 +32,11 @@ def _check_kernels(args: Namespace, config: Qwen35VLConfig) -> None:
     import torch
 
     from models.backends.te_attention import AttentionSizes, check_fused_attention
+    from models.common import linear_cross_entropy
     from models.common.gdn_kernels import GDNSizes, check_fla_gradients
 
+    if torch.cuda.is_available():
+        linear_cross_entropy.check_kernels()
     if not torch.cuda.is_available() or args.transformer_impl == "local" or args.deterministic_mode:
         return  # torch's kernels run: they are the reference
     ranks = args.tensor_model_parallel_size * args.context_parallel_size

@@ -18,7 +18,7 @@ from models.trained import EVERYTHING, Trained
 
 MULTIPLY_ADD = 2
 # What an operation is done for, and so multiplied by.
-TOKEN, PAIR, PATCH, PATCH_PAIR, FEATURE = range(5)
+TOKEN, PAIR, PATCH, PATCH_PAIR, FEATURE, LABEL, MTP_LABEL = range(7)
 DECODER, MTP, VISION = "language_model.decoder.", "language_model.mtp.layers.0.", "vision_model."
 
 
@@ -29,7 +29,8 @@ class Product:
     weight: canonical name of the parameter that is multiplied by, None where two activations are multiplied.
     macs: 0 for a parameter that only matters to what is upstream of others.
     times: weights of this shape that each of these is multiplied by (a token's experts); `macs` is of all of them.
-    per: TOKEN, PAIR (a token and one that it attends to), PATCH, PATCH_PAIR or FEATURE.
+    per: TOKEN, PAIR (a token and one that it attends to), PATCH, PATCH_PAIR, FEATURE, LABEL (a token whose next one is
+        trained) or MTP_LABEL (the same of MTP, over its depths).
     """
 
     weight: str | None
@@ -42,7 +43,7 @@ class Product:
 class FlopCount:
     """What a run computes.
 
-    macs: multiply-adds, forward and backward, for each token, pair, patch, pair of patches and vision feature.
+    macs: multiply-adds, forward and backward, for each of what a product is done for, TOKEN to MTP_LABEL.
     patches_per_feature: that the merger puts together.
     """
 
@@ -57,11 +58,11 @@ class FlopCount:
         vision = counter.walk(_vision(config), upstream=False)
         embedded = vision or EMBEDDING in trained
         hidden = counter.walk(_decoder(config), embedded)
-        head = Product(EMBEDDING if config.tie_word_embeddings else OUTPUT, config.hidden_size * config.vocab_size)
-        counter.walk([head], hidden)
+        output, macs = EMBEDDING if config.tie_word_embeddings else OUTPUT, config.hidden_size * config.vocab_size
+        counter.walk([Product(output, macs, LABEL)], hidden)
         if config.mtp_num_layers:
             predicted = counter.walk(_mtp(config), hidden or EMBEDDING in trained)
-            counter.walk([head], predicted)
+            counter.walk([Product(output, macs, MTP_LABEL)], predicted)
         return cls(tuple(counter.macs), config.vision.spatial_merge_size**2)
 
     def of_batch(self, shape: BatchShape) -> float:
@@ -69,12 +70,15 @@ class FlopCount:
         frames = shape.grid_thw[:, 0]
         per_frame = shape.grid_thw[:, 1] * shape.grid_thw[:, 2]
         patches = int((frames * per_frame).sum())
+        tokens = sum(shape.document_lengths)
         amounts = (
-            sum(shape.document_lengths),
+            tokens,
             sum(length * (length + 1) // 2 for length in shape.document_lengths),  # causal
             patches,
             int((frames * per_frame**2).sum()),  # every patch of a frame sees every other
             patches // self.patches_per_feature,
+            shape.trained[0] if shape.trained else tokens,
+            sum(shape.trained[1:]) if shape.trained else tokens,
         )
         return float(MULTIPLY_ADD * sum(macs * amount for macs, amount in zip(self.macs, amounts, strict=True)))
 
@@ -83,7 +87,7 @@ class _Counter:
     """Adds up products in the order in which the forward pass computes them."""
 
     def __init__(self, trained: Set[str], adapters: Mapping[str, int]) -> None:
-        self.macs = [0] * 5
+        self.macs = [0] * 7
         self._trained = trained
         self._adapters = adapters
 

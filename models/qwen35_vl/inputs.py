@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
@@ -46,6 +48,10 @@ class Qwen35VLInputs:
     def patch_size(self) -> int:
         return self.config.vision.patch_size
 
+    @property
+    def further_tokens(self) -> int:
+        return self.config.mtp_num_layers
+
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
         token_ids = self.config.token_ids
         return position_ids(
@@ -58,6 +64,9 @@ class Qwen35VLInputs:
 
     def vision_inputs(self, grid_thw: Tensor) -> dict[str, Tensor | int]:
         return vision_inputs(grid_thw, self.config.vision)
+
+    def pad_vision(self, vision: dict[str, Tensor | int], patches: int, frames: int) -> dict[str, Tensor | int] | None:
+        return pad_vision_inputs(vision, patches, frames)
 
     def flops(self, shape: BatchShape) -> float:
         return self.flop_count.of_batch(shape)
@@ -101,3 +110,28 @@ def vision_inputs(grid_thw: Tensor, vision: Qwen35VLVisionConfig) -> dict[str, T
         "cu_seqlens": get_vision_cu_seqlens(grid_thw),
         "max_seqlen": int((grid_thw[:, 1] * grid_thw[:, 2]).max()),
     }
+
+
+def pad_vision_inputs(vision: dict[str, Tensor | int], patches: int, frames: int) -> dict[str, Tensor | int] | None:
+    """`vision_inputs` and pixel_values of static sizes.
+
+    The patches that are added are zeros in frames of their own, as many as they need to be no larger than the largest
+    real one: attention costs the square of a frame. Frames that are still missing are empty.
+
+    Returns:
+        The arguments with [patches, ...] tensors, cu_seqlens [frames + 1], max_seqlen = patches; None where they
+        don't fit.
+    """
+    borders = vision["cu_seqlens"]
+    count, largest = int(borders[-1]), vision["max_seqlen"]
+    missing = patches - count
+    added = [*range(count + largest, patches, largest), patches] if missing > 0 else []
+    if missing < 0 or len(borders) - 1 + len(added) > frames:
+        return None
+    empty = frames + 1 - len(borders) - len(added)
+    padded = {
+        name: F.pad(value, (0, 0, 0, missing)) if isinstance(value, Tensor) and name != "cu_seqlens" else value
+        for name, value in vision.items()
+    }
+    ends = torch.tensor(added + [patches] * empty, dtype=borders.dtype)
+    return {**padded, "cu_seqlens": torch.cat([borders, ends]), "max_seqlen": patches}

@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from models.backends import get_backend
 from models.base import MultimodalModel
 from models.common.gpt import MultimodalGPTModel
+from models.common.output_layer import fuse_weight_gradients
 from models.qwen35_vl.configuration import Qwen35VLConfig
 from models.qwen35_vl.specs import decoder_block_spec, mtp_block_spec
 from models.qwen35_vl.vision_encoder import VisionEncoder, vision_transformer_config
@@ -38,7 +39,6 @@ def build_qwen35_vl(
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
-        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="mrope",
@@ -47,6 +47,7 @@ def build_qwen35_vl(
         scatter_embedding_sequence_parallel=False,  # after the vision features are in: MultimodalModel
         pg_collection=pg_collection,
         vp_stage=vp_stage,
+        keep_logits=args.keep_logits,
     )
     vision_model = None
     if pre_process:
@@ -57,9 +58,12 @@ def build_qwen35_vl(
             out_hidden_size=language_config.hidden_size,
             pg_collection=pg_collection,
         )
-    return MultimodalModel(
+    model = MultimodalModel(
         language_config, language_model=language_model, vision_model=vision_model, pg_collection=pg_collection
     )
+    if args.fuse_weight_gradients:
+        fuse_weight_gradients(model)
+    return model
 
 
 def _vision_config(

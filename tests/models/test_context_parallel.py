@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.utils import get_batch_on_this_cp_rank
 from toy_data import PAD, ToyInputs, sample
 
@@ -75,8 +77,41 @@ def batch(packed: bool, cp_size: int, vision_ranks: int = 1) -> Batch:
         seq_len=24,
         dtype=torch.float32,
         pad_token_id=PAD,
+        context_ranks=cp_size,
         vision_ranks=vision_ranks,
     )
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_each_rank_knows_its_trained_rows(packed: bool, cp_size: int) -> None:
+    whole = batch(packed, cp_size)
+    borders = whole.cu_seqlens.tolist() if packed else [0, whole.input_ids.size(1)]
+    mask, further = whole.loss_mask, ToyInputs.further_tokens
+    assert whole.trained_rows.shape[:2] == (cp_size, 1 + further)
+    for depth in range(1 + further):
+        for rank in range(cp_size):
+            mine = partition_batch(replace(whole, loss_mask=mask), Group(rank, cp_size))
+            rows = mine.trained_rows[0, depth]
+            assert rows[rows >= 0].tolist() == mine.loss_mask.flatten().nonzero().flatten().tolist()
+            assert (rows[(rows >= 0).sum() :] == -1).all()
+        # One token on inside each document.
+        moved = [F.pad(mask[:, a + 1 : b], (0, 1)) for a, b in pairwise(borders)]
+        mask = torch.cat(moved, dim=1)
+
+
+def test_a_batch_without_a_trained_token_has_a_row_of_padding() -> None:
+    empty = collate(
+        [[sample([5, 6], [0, 0])]],
+        ToyInputs(),
+        alignment=1,
+        packed=True,
+        seq_len=8,
+        dtype=torch.float32,
+        pad_token_id=PAD,
+    )
+    assert empty.trained_rows.shape == (1, 3, 64)
+    assert (empty.trained_rows == -1).all()
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
@@ -115,7 +150,7 @@ def test_the_ranks_parts_are_the_batch(packed: bool, cp_size: int) -> None:
         assert torch.equal(joined[..., back], getattr(whole, name)), name
     for part in parts:
         for field in fields(Batch):
-            if field.name not in SEQUENCE_FIELDS:
+            if field.name not in (*SEQUENCE_FIELDS, "trained_rows"):
                 assert getattr(part, field.name) is getattr(whole, field.name)
 
 
@@ -164,6 +199,11 @@ def test_each_rank_keeps_its_images() -> None:
     shared = batch(packed=True, cp_size=2, vision_ranks=2)
     for rank in range(2):
         assert partition_batch(shared, Group(rank, 2)).vision == (shared.vision[rank],)
+
+
+def test_a_batch_for_other_ranks_is_refused() -> None:
+    with pytest.raises(ValueError, match="a batch for 4 context-parallel ranks in a group of 2"):
+        partition_batch(batch(packed=True, cp_size=4), Group(0, 2))
 
 
 @pytest.mark.parametrize("cp_size", [1, 4])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.common import gdn_kernels
-from models.common.gdn_kernels import GDNKernels, causal_conv, gated_delta_rule
+from models.common.gdn_kernels import causal_conv, gated_delta_rule
 from tests.errors import relative_error
 
 TAPS = 4
@@ -137,13 +139,17 @@ CHECK_SIZES = gdn_kernels.GDNSizes(heads=4, key_dim=32, value_dim=64, channels=9
 
 
 def test_kernel_check_names_a_wrong_gradient() -> None:
-    def wrong_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def wrong_rule(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None
+    ) -> Tensor:
         return gated_delta_rule(q, k, v, 2 * g - g.detach(), beta, cu_seqlens)
 
     device = torch.device("cpu")
     right = gdn_kernels.kernel_errors(gdn_kernels.TORCH_KERNELS, CHECK_SIZES, device)
     assert max(right.values()) < gdn_kernels.FLA_TOLERANCE
-    wrong = gdn_kernels.kernel_errors(GDNKernels(causal_conv, wrong_rule), CHECK_SIZES, device)
+    wrong = gdn_kernels.kernel_errors(
+        replace(gdn_kernels.TORCH_KERNELS, gated_delta_rule=wrong_rule), CHECK_SIZES, device
+    )
     assert {name for name, error in wrong.items() if error > gdn_kernels.FLA_TOLERANCE} == {"gradient of g"}
 
 

@@ -96,7 +96,7 @@ def run_ours(model: nn.Module, architecture: Qwen35VLConfig, sample) -> Result:
 
     inputs, batch = our_inputs(architecture, sample)
     logits = model(**inputs).detach()
-    losses = model(**inputs, labels=batch.labels, loss_mask=batch.loss_mask)
+    losses = model(**inputs, labels=batch.labels, loss_mask=batch.loss_mask, trained_rows=batch.trained_rows[0])
     loss = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
     loss.backward()
     gradients = export_hf_state(model, architecture, value=lambda parameter: parameter.grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -133,6 +134,35 @@ def test_loss_and_gradients(depths: int) -> None:
     assert relative_error(logged, torch.stack(means).detach()) < TOLERANCE
     errors = {name: relative_error(actual[name], p.grad) for name, p in model.named_parameters()}
     assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_losses_of_trained_rows_alone_train_the_same(depths: int) -> None:
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    model = make_decoder(mtp_num_layers=depths)
+    inputs = pack(make_documents(LENGTHS))
+    trained = [inputs["loss_mask"].bool()]
+    borders = inputs["packed_seq_params"].cu_seqlens_q.tolist()
+    for _ in range(depths):
+        trained.append(torch.cat([F.pad(trained[-1][:, a + 1 : b], (0, 1)) for a, b in pairwise(borders)], dim=1))
+    rows = [mask.flatten().nonzero().flatten() for mask in trained]
+    rows = torch.stack([F.pad(row, (0, 60 - len(row)), value=-1) for row in rows])
+    runs = []
+    with float64():
+        for trained_rows in (None, rows):
+            MTPLossLoggingHelper.tracker.clear()
+            model.zero_grad()
+            losses = model(attention_mask=None, output_processor_context=trained_rows, **inputs)
+            (losses * inputs["loss_mask"]).sum().backward()
+            logged = {k: v.clone() for k, v in MTPLossLoggingHelper.tracker.items() if isinstance(v, Tensor)}
+            runs.append((losses.detach(), logged, {name: p.grad for name, p in model.named_parameters()}))
+    (every, every_logged, expected), (alone, alone_logged, actual) = runs
+    assert relative_error(alone, every * trained[0]) < TOLERANCE
+    errors = {name: relative_error(actual[name], gradient) for name, gradient in expected.items()}
+    assert max(errors.values()) < TOLERANCE, errors
+    assert len(every_logged) >= 3  # losses, hits and how many there could be
+    assert max(relative_error(alone_logged[name], value) for name, value in every_logged.items()) < TOLERANCE
 
 
 def test_gradients_reach_every_parameter_of_a_sparse_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from models.common.gdn_kernels import GDNKernels, causal_conv, gated_delta_rule
+from models.common.gdn_kernels import TORCH_KERNELS, causal_conv, gated_delta_rule
 from models.qwen35_vl.configuration import VARIANTS
 from proofs.float64 import float64
 from tests.build_decoder import build_decoder, document_inputs, pack, perturb
@@ -95,8 +96,8 @@ def test_rows_equal_alone(decoder: nn.Module) -> None:
 
 
 LEAKS = {
-    "convolution": GDNKernels(lambda x, weight, _: causal_conv(x, weight, None), gated_delta_rule),
-    "memory": GDNKernels(causal_conv, lambda *inputs: gated_delta_rule(*inputs[:-1], None)),
+    "convolution": replace(TORCH_KERNELS, causal_conv=lambda x, weight, *_: causal_conv(x, weight, None)),
+    "memory": replace(TORCH_KERNELS, gated_delta_rule=lambda *inputs: gated_delta_rule(*inputs[:-2], None)),
 }
 
 

@@ -49,6 +49,7 @@ def run(model: nn.Module, grids: list[list[list[int]]], *, packed: bool, shared:
         seq_len=SEQ_LEN,
         dtype=torch.float64,
         pad_token_id=0,
+        context_ranks=RANKS,
         vision_ranks=RANKS if shared else 1,
     )
     batch = partition_batch(batch, group)
