@@ -20,7 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data import DATASET_PROVIDERS
+from data import DATASET_PROVIDERS, TRAIN_ON, is_own_provider
+from data.preflight import refusals as data_refusals
 from data.processor_files import processor_refusals
 from models import MODEL_REGISTRY, ModelConfig, ModelSpec
 from runtime import checkpoints, launch_environment
@@ -160,9 +161,54 @@ def _add_data_args(parser: ArgumentParser) -> None:
     group.add_argument(
         "--dataset-provider",
         default=DEFAULT_PROVIDER,
-        help="Where samples come from: mock, receipts, cord_v2 or your own",
+        help="Where samples come from: mock, receipts, cord_v2, chat, or package.module:function of your own",
     )
-    group.add_argument("--dataset-path", default=None, help="Folder or hub name of the data; default: the provider's")
+    group.add_argument(
+        "--dataset-path",
+        nargs="+",
+        default=None,
+        metavar="PATH",
+        help="Files, folders, glob patterns or hub names of the data (chat takes several); default: the provider's",
+    )
+    group.add_argument(
+        "--media-root",
+        default=None,
+        metavar="DIR",
+        help="What the paths of chat's images are relative to; default: the folder of the file that names them",
+    )
+    group.add_argument(
+        "--train-on",
+        choices=TRAIN_ON,
+        default="all",
+        help="Answers of a conversation that are trained: all, the last, or exact: each after the very tokens that "
+        "inference would give the model, in samples of its own where need be",
+    )
+    group.add_argument(
+        "--chat-template-kwargs",
+        default="{}",
+        metavar="JSON",
+        help='Arguments of the chat template, such as {"enable_thinking": false}; checkpoints keep them',
+    )
+    group.add_argument(
+        "--on-bad-sample",
+        choices=("skip", "fail"),
+        default="skip",
+        help="A sample that can't be read: skip and count it, or end the run",
+    )
+    group.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="Broken samples that --on-bad-sample skip bears, of all that were measured or loaded",
+    )
+    group.add_argument(
+        "--sample-timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="A sample that takes longer to load is skipped as broken; 0: no limit",
+    )
     group.add_argument(
         "--hf-processor-path",
         default=None,
@@ -362,9 +408,11 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
     spec, base, chosen = _architecture({**implied, **given})
     if (names := _names_in_folder({**implied, **given})) is not None and spec.hf_weights is not None:
         base, _ = spec.hf_weights.as_stored(base, names)
-    provider = DATASET_PROVIDERS.get(given.get("dataset_provider", DEFAULT_PROVIDER))
-    if provider is None:
-        raise Refused([unknown_name("--dataset-provider", given["dataset_provider"], DATASET_PROVIDERS)])
+    name = given.get("dataset_provider", DEFAULT_PROVIDER)
+    if name not in DATASET_PROVIDERS and not is_own_provider(name):
+        raise Refused([unknown_name("--dataset-provider", name, DATASET_PROVIDERS)])
+    # One of the user's own isn't imported here: it may need torch.
+    needs_processor = name in DATASET_PROVIDERS and DATASET_PROVIDERS[name].needs_processor
     architecture = base.to_flags()
     if given.get("num_experts") == 0:
         architecture = without_experts(architecture)
@@ -387,7 +435,8 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
     problems = [
         *refusals(args, given, start, machine, world_size),
         *spec.check_layout(args, config),
-        *processor_refusals(args, config.to_hf() if provider.needs_processor else None),
+        *processor_refusals(args, config.to_hf() if needs_processor else None),
+        *data_refusals(args),
         *flag_refusals(args, spec),
         *checkpoint_refusals(args, spec, config, start),
         *tuning_refusals(args, given, spec, config, start),

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from data import DATASET_PROVIDERS
+    from data import find_provider
     from data.loader import dataset_provider
     from data.processor import generation_settings
     from forward_step import ForwardStep
@@ -107,23 +107,25 @@ def main(argv: list[str] | None = None) -> None:
     from runtime.outputs import draw_losses, write_arguments
     from weights.adapter_job import load_adapter, record_base, save_adapter
     from weights.job import HfExporter, load_hf
-    from weights.origin import HfOrigin, RunProcessor, write_hf_folder
+    from weights.origin import HfOrigin, RunInputs, RunProcessor, write_hf_folder
 
     preemption.install(args)
     if args.rank == 0:
         output_folder.begin(args)
-    processor = DATASET_PROVIDERS[args.dataset_provider].processor(args, config.to_hf())
+    processor = find_provider(args.dataset_provider).processor(args, config.to_hf())
     run_processor = None if processor is None else RunProcessor(processor, generation_settings(processor))
     origin = HfOrigin.of(args, None if source is None else source.folder)
+    inputs = RunInputs.of(args)
     if args.rank == 0 and args.save:
         write_arguments(args, prepared, Path(args.save) / "arguments.json")
-        write_hf_folder(Path(args.save) / "hf", config.to_hf(), run_processor, origin, with_record=True)
+        hf = Path(args.save) / "hf"
+        write_hf_folder(hf, config.to_hf(), run_processor, origin, with_record=True, inputs=inputs)
     exporter = HfExporter(
         args,
         spec,
         config,
         origin.record,
-        lambda folder: write_hf_folder(folder, config.to_hf(), run_processor, origin, with_record=False),
+        lambda folder: write_hf_folder(folder, config.to_hf(), run_processor, origin, with_record=False, inputs=inputs),
     )
     model = ProvidedModelConfig(
         provider=partial(model_provider, spec, config, args),

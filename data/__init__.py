@@ -3,7 +3,8 @@
     conversations (conversation.py, receipts.py, cord_v2.py) -> Sample (sample.py) -> Pack (pack.py)
         -> Batch (batch.py), by the loader's workers (loader.py)
 
-A dataset of yours is conversations by index, a function that wraps them, and one line here:
+A dataset of yours is conversations by index and a function that wraps them, in a module on PYTHONPATH;
+`--dataset-provider captions:build_captions` imports it in every process:
 
     class Captions:                                     # data.conversation.Conversations
         def __len__(self) -> int: ...
@@ -11,20 +12,19 @@ A dataset of yours is conversations by index, a function that wraps them, and on
 
     def build_captions(args, split, processor, model_inputs):
         return ConversationDataset(
-            Captions(args.dataset_path, split), processor, SampleOptions.of(args), name=f"captions/{split}",
+            Captions(args.dataset_path[0], split), processor, SampleOptions.of(args), name=f"captions/{split}",
             source="captions v1", cache_dir=None,       # source: changes with the data
         )
 
-    DATASET_PROVIDERS["captions"] = DatasetProvider("captions", needs_processor=True, build=build_captions)
-
 Order, packing, sharding over ranks, resuming and batches are the harness's. Data that isn't conversations implements
-`data.pack.SampleDataset` instead, as mock.py does.
+`data.sizes.SampleDataset` instead, as mock.py does.
 
 Torch-free to import: the launcher's preflight lists the names, and the functions import what they need.
 """
 
 from __future__ import annotations
 
+import importlib
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,8 +35,12 @@ from data.conversation import Split
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from data.pack import SampleDataset
+    from data.sizes import SampleDataset
     from models.spec import ModelInputs
+
+
+# What `--train-on` takes: see `data.sample.SampleOptions`.
+TRAIN_ON = ("all", "last", "exact")
 
 
 class BuildDataset(Protocol):
@@ -51,8 +55,8 @@ class DatasetProvider:
 
     name: what `--dataset-provider` calls it.
     needs_processor: its samples are made of text and images with a HuggingFace processor.
-    build: makes one split. Called on one rank first, then on every rank that loads, so what it writes to disk the
-        first time isn't written twice.
+    build: makes one split, an empty one where the data has none. Called in every process at the same time: what it
+        writes to disk is for `data.cache.locked` to guard.
     """
 
     name: str
@@ -94,6 +98,12 @@ def _receipts(
     return build(args, split, _given(processor), model_inputs)
 
 
+def _chat(args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs) -> SampleDataset:
+    from data.chat.dataset import build
+
+    return build(args, split, _given(processor), model_inputs)
+
+
 def _cord_v2(
     args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs
 ) -> SampleDataset:
@@ -108,6 +118,38 @@ def _given(processor: ProcessorMixin | None) -> ProcessorMixin:
     return processor
 
 
+def is_own_provider(name: str) -> bool:
+    """Whether a provider's name is "package.module:function"."""
+    return ":" in name
+
+
+def find_provider(name: str) -> DatasetProvider:
+    """What `--dataset-provider` names: one of DATASET_PROVIDERS, or "package.module:name" of a function like
+    `DatasetProvider.build`, whose samples are made with a processor, or of a DatasetProvider.
+
+    Raises:
+        ValueError: there is none, or its module can't be imported.
+    """
+    if name in DATASET_PROVIDERS:
+        return DATASET_PROVIDERS[name]
+    module, _, attribute = name.partition(":")
+    if not is_own_provider(name):
+        raise ValueError(
+            f"--dataset-provider {name}: expected {', '.join(DATASET_PROVIDERS)} or package.module:function"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--dataset-provider {name}: {error}; is its folder on PYTHONPATH?") from error
+    if isinstance(found, DatasetProvider):
+        return found
+    if not callable(found):
+        raise ValueError(
+            f"--dataset-provider {name}: a {type(found).__name__}; expected a function or a DatasetProvider"
+        )
+    return DatasetProvider(name, needs_processor=True, build=found)
+
+
 DATASET_PROVIDERS: dict[str, DatasetProvider] = {
     provider.name: provider
     for provider in (
@@ -115,5 +157,6 @@ DATASET_PROVIDERS: dict[str, DatasetProvider] = {
         DatasetProvider("ragged", needs_processor=False, build=_ragged),
         DatasetProvider("receipts", needs_processor=True, build=_receipts),
         DatasetProvider("cord_v2", needs_processor=True, build=_cord_v2),
+        DatasetProvider("chat", needs_processor=True, build=_chat),
     )
 }

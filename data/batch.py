@@ -10,25 +10,25 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from data.pack import Pack
+from data.pack import Lost, Pack
+from data.sample import Sample
 from models.backends.documents import chunk_indices
 from models.common.gdn_kernels import FLA_CHUNK
 from models.context_parallel import partition_index
 from models.spec import BatchShape, ModelInputs
 
-if TYPE_CHECKING:
-    from data.sample import Sample
-
 # Device memory is read in lines of this many bytes.
 BUFFER_ALIGNMENT = 128
 # Trained rows of a batch come in multiples of this.
 ROW_ALIGNMENT = 64
+# Tokens of the document that stands for a pack whose samples are all broken.
+EMPTIED_LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def collate(
     """Make a micro-batch.
 
     Args:
-        packs: of the micro-batch. In BSHD each is one sample.
+        packs: of the micro-batch. In BSHD each is one sample. An empty one, whose samples are all broken, becomes one
+            document of padding.
         model_inputs: what the model computes from ids and grids.
         alignment: each THD document is padded at its end to a multiple of it.
         packed: one THD row of all samples, as long as they are; or a BSHD row of seq_len tokens for each.
@@ -135,7 +136,8 @@ def collate(
     Raises:
         ValueError: a sample contradicts itself or is too long; the message names it.
     """
-    samples = [sample for pack in packs for sample in pack]
+    emptied = (_emptied(model_inputs, pad_token_id, seq_len),)
+    samples = [sample for pack in packs for sample in pack or emptied]
     for sample in samples:
         _check(sample, model_inputs, seq_len, with_vision=with_vision)
     lengths = [len(sample.input_ids) for sample in samples]
@@ -240,6 +242,21 @@ def _trained_rows(loss_mask: Tensor, cu_seqlens: Tensor | None, further_tokens: 
     width = max(1, math.ceil(longest / ROW_ALIGNMENT)) * ROW_ALIGNMENT
     filled = [torch.nn.functional.pad(rows, (0, width - len(rows)), value=-1) for rank in of_ranks for rows in rank]
     return torch.stack(filled).view(ranks, 1 + further_tokens, width)
+
+
+def _emptied(model_inputs: ModelInputs, pad_token_id: int, seq_len: int) -> Sample:
+    """A document without anything to train: every rank still runs the step, or some hang.
+
+    To MTP's routers a document is shorter by their depth; they mustn't be left without a token.
+    """
+    length = min(EMPTIED_LENGTH, seq_len)
+    return Sample(
+        input_ids=torch.full((length,), pad_token_id),
+        trained=torch.zeros(length, dtype=torch.bool),
+        pixel_values=torch.empty(0, model_inputs.patch_dim),
+        grid_thw=torch.empty(0, 3, dtype=torch.int64),
+        id="a pack whose samples are all broken",
+    )
 
 
 def _placeholders(samples: Sequence[Sample], model_inputs: ModelInputs) -> list[Tensor]:
@@ -386,10 +403,12 @@ class FlatBatch:
 
     header: JSON of what isn't in the buffer: each tensor's place, dtype and shape, and the host's numbers.
     buffer: [bytes] uint8.
+    lost: planned samples that aren't in it; known to the rank that made it.
     """
 
     header: bytes
     buffer: Tensor
+    lost: tuple[Lost, ...] = ()
 
     def pin_memory(self) -> FlatBatch:
         """Called by torch's DataLoader."""

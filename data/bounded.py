@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,16 +38,19 @@ class TemplateOverrun(TemplateError):
     """A chat template that takes too long."""
 
 
-def render(processor: ProcessorMixin, messages: Sequence[Any]) -> str:
+def render(processor: ProcessorMixin, messages: Sequence[Any], **arguments: Any) -> str:
     """A conversation as its processor's chat template writes it.
+
+    Args:
+        arguments: of the template.
 
     Raises:
         TemplateError: the template refuses the conversation, fails in whatever way, or takes more than `LONGEST`
             seconds (in a thread other than the main one the time isn't watched: signals come to that one).
     """
     try:
-        with _time_limit(LONGEST):
-            return processor.apply_chat_template(messages, tokenize=False)
+        with time_limit(LONGEST, TemplateOverrun(f"it takes more than {LONGEST:g} s for one conversation")):
+            return processor.apply_chat_template(messages, tokenize=False, **arguments)
     except TemplateError:
         raise
     except Exception as error:  # a template's own arithmetic, attributes, recursion
@@ -64,21 +68,29 @@ def longest_text(tokenizer: PreTrainedTokenizerBase, tokens: int) -> int:
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
+def time_limit(seconds: float | None, error: BaseException) -> Iterator[None]:
+    """Raise `error` in the block after so many seconds; an outer limit goes on counting.
+
+    Signals reach the main thread alone, which is where workers work; in others, and with None, there is no limit.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def overrun(_: int, __: FrameType | None) -> None:
-        raise TemplateOverrun(f"it takes more than {seconds:g} s for one conversation")
+        raise error
 
     before = signal.signal(signal.SIGALRM, overrun)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    start = time.monotonic()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
+        # A moment at least: zero would switch the outer limit off.
+        left = max(outer - (time.monotonic() - start), 1e-3) if outer else 0
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def template_problem(processor: ProcessorMixin) -> str | None:

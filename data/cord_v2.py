@@ -7,6 +7,7 @@ One question per image, "Describe this image.", answered by the parse as a token
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from random import Random
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
+from data.bad_sample import BadSample, Reason, shown
+from data.cache import cache_folder
 from data.conversation import Conversation, Split
-from data.dataset import ConversationDataset
-from data.images import image_of
+from data.dataset import ConversationDataset, one_path
 from data.sample import SampleOptions
 
 if TYPE_CHECKING:
@@ -26,18 +28,19 @@ if TYPE_CHECKING:
 
 HUB_NAME = "naver-clova-ix/cord-v2"
 QUESTION = "Describe this image."
+_TAG = re.compile(r"</?s_[^<>]+>|<sep/>")  # of the answers' notation: a value must not hold it
 
 
 def build(args: Namespace, split: Split, processor: ProcessorMixin, model_inputs: ModelInputs) -> ConversationDataset:
     """The split as a dataset of samples; see `data.BuildDataset`."""
-    conversations = CordV2(args.dataset_path or HUB_NAME, split)
+    conversations = CordV2(one_path(args) or HUB_NAME, split)
     return ConversationDataset(
         conversations,
         processor,
         SampleOptions.of(args),
         name=f"cord_v2/{split}",
         source=conversations.fingerprint,
-        cache_dir=None,  # a few hundred rows, in a folder that isn't ours
+        cache_dir=cache_folder(args),
     )
 
 
@@ -69,34 +72,52 @@ class CordV2:
     def __getitem__(self, index: int) -> Conversation:
         """
         Raises:
-            ValueError: the row is malformed; names the dataset, the split, the row and the key.
+            BadSample: the row is malformed; names the dataset, the split, the row and the key.
         """
         row = self._rows[index]
         where = f"{self.path}, split {self.split}, row {index}"
         parse = _parse(row["ground_truth"], Random(f"{self.split}/{index}"), where)
-        image = image_of(row["image"], where)
+        image = row["image"]
+        if not isinstance(image, dict) or (image.get("bytes") is None and image.get("path") is None):
+            raise BadSample(Reason.MISSING, f"{where}, key 'image': {shown(image)}; expected one image")
+        try:
+            answer = json_to_tokens(parse)
+        except BadSample as error:
+            raise error.named(f"{where}, key 'ground_truth'") from error
         content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
         return Conversation(
             messages=[
                 {"role": "user", "content": content},
-                {"role": "assistant", "content": json_to_tokens(parse)},
+                {"role": "assistant", "content": answer},
             ],
             id=f"cord_v2/{self.split}/{index}",
         )
 
 
-def json_to_tokens(content: Any) -> str:
+def json_to_tokens(content: Any, place: str = "gt_parse") -> str:
     """A parse as Donut's token sequence: `<s_key>value</s_key>`, `<sep/>` between list entries.
 
     Keys in descending order, as the common preparations of CORD-v2 for training write them.
+
+    Args:
+        place: of the content in the record, for messages.
+
+    Raises:
+        BadSample: a value that is neither text nor a number, or whose text reads like the notation's own tags.
     """
     if isinstance(content, dict):
-        if content.keys() == {"text_sequence"}:
+        if content.keys() == {"text_sequence"} and isinstance(content["text_sequence"], str):
             return content["text_sequence"]
         keys = sorted(content, reverse=True)
-        return "".join(f"<s_{key}>{json_to_tokens(content[key])}</s_{key}>" for key in keys)
+        return "".join(f"<s_{key}>{json_to_tokens(content[key], f'{place}.{key}')}</s_{key}>" for key in keys)
     if isinstance(content, list):
-        return "<sep/>".join(json_to_tokens(entry) for entry in content)
+        return "<sep/>".join(json_to_tokens(entry, f"{place}[{index}]") for index, entry in enumerate(content))
+    if isinstance(content, bool) or not isinstance(content, str | int | float):
+        raise BadSample(
+            Reason.MALFORMED, f"{place}: {shown(json.dumps(content, default=repr))}; expected text or a number"
+        )
+    if _TAG.search(str(content)):
+        raise BadSample(Reason.MALFORMED, f"{place}: {shown(content)} reads like the answer's own tags; escape them")
     return str(content)
 
 
@@ -105,7 +126,11 @@ def _read(path: str, split: str) -> datasets.Dataset:
     try:
         if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(str(folder))
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            if not isinstance(saved, datasets.DatasetDict):
+                raise ValueError(
+                    "it has no splits, so train, validation and test would be the same rows; save a DatasetDict"
+                )
+            return saved[split]
         return datasets.load_dataset(str(folder) if folder.is_dir() else path, split=split)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -119,11 +144,11 @@ def _parse(ground_truth: Any, rng: Random, where: str) -> dict[str, Any]:
     try:
         record = json.loads(ground_truth)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}, key 'ground_truth': not JSON: {error}") from error
+        raise BadSample(Reason.MALFORMED, f"{where}, key 'ground_truth': not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}, key 'ground_truth': a JSON {type(record).__name__}, not an object")
+        raise BadSample(Reason.MALFORMED, f"{where}, key 'ground_truth': a JSON {type(record).__name__}, not an object")
     key = "gt_parses" if record.get("gt_parses") else "gt_parse"
     parses = record.get(key) if key == "gt_parses" else [record.get(key)]
     if not isinstance(parses, list) or not all(isinstance(parse, dict) for parse in parses):
-        raise ValueError(f"{where}, key 'ground_truth.{key}': missing, or not an object")
+        raise BadSample(Reason.MALFORMED, f"{where}, key 'ground_truth.{key}': missing, or not an object")
     return rng.choice(parses)

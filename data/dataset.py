@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from data.conversation import Conversations
 from data.images import PixelLimits
-from data.pack import SampleSize
-from data.sample import Sample, SampleOptions, build_sample, encode
+from data.sample import KEPT, Encoded, Sample, SampleOptions, encode_all, sample_of
+from data.sizes import SampleSize
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 
 class ConversationDataset:
-    """`data.pack.SampleDataset` over conversations: sizes from text and image headers, samples on demand.
+    """`data.sizes.SampleDataset` over conversations: sizes from text and image headers, samples on demand.
 
     Args:
         conversations: the split.
@@ -52,22 +53,49 @@ class ConversationDataset:
     def __len__(self) -> int:
         return len(self.conversations)
 
-    def size(self, index: int) -> SampleSize:
-        """Tokens and patches of a sample; 0 tokens when it is dropped. Decodes no pixels."""
-        encoded = encode(self.conversations[index], self.processor, self.options)
-        return SampleSize(len(encoded.input_ids), sum(encoded.patches), sum(encoded.trained[1:]), str(encoded.outcome))
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample.
+    def encode(self, index: int) -> list[Encoded]:
+        """The samples of conversation `index`, before their pixels are touched.
 
         Raises:
-            IndexError: it is one that `size` drops.
+            BadSample: the conversation is broken; the message names it.
         """
-        conversation = self.conversations[index]
-        sample, outcome = build_sample(conversation, self.processor, self.options)
-        if sample is None:
-            raise IndexError(f"{conversation.id} is {outcome}")
-        return sample
+        return encode_all(self.conversations[index], self.processor, self.options)
+
+    def sizes(self, index: int) -> list[SampleSize]:
+        """Tokens and patches of the samples of conversation `index`; 0 tokens when one is dropped. Decodes no pixels.
+
+        Raises:
+            BadSample: the conversation is broken; the message names it.
+        """
+        return [
+            SampleSize(
+                len(encoded.input_ids),
+                sum(encoded.patches),
+                sum(encoded.trained[1:]),
+                str(encoded.outcome),
+                encoded.notes,
+            )
+            for encoded in self.encode(index)
+        ]
+
+    def size(self, index: int) -> SampleSize:
+        """Of the conversation's first sample."""
+        return self.sizes(index)[0]
+
+    def sample(self, index: int, part: int = 0) -> Sample:
+        """One sample of conversation `index`.
+
+        Raises:
+            IndexError: it is one that `sizes` drops, or that isn't there.
+            BadSample: an image that can't be decoded; the message names the conversation.
+        """
+        encoded = self.encode(index)[part]
+        if encoded.outcome not in KEPT:
+            raise IndexError(f"{encoded.id} is {encoded.outcome}")
+        return sample_of(encoded, self.processor, self.options)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
 
     def without_pixels(self) -> Self:
         dataset = copy.copy(self)
@@ -75,10 +103,25 @@ class ConversationDataset:
         return dataset
 
 
-def _limits(processor: ProcessorMixin, options: SampleOptions) -> list[int | bool]:
+def _limits(processor: ProcessorMixin, options: SampleOptions) -> list[int | bool | str]:
     """What of the options a sample's size depends on."""
     limits = PixelLimits.of(processor.image_processor, options.min_pixels, options.max_pixels)
-    return [options.seq_len, limits.min_pixels, limits.max_pixels, options.strict_special_mask]
+    return [
+        *(options.seq_len, limits.min_pixels, limits.max_pixels, options.strict_special_mask),
+        *(options.train_on, options.template_arguments),
+    ]
+
+
+def one_path(args: Namespace) -> str | None:
+    """`--dataset-path` of a provider that reads one folder.
+
+    Raises:
+        ValueError: there are several.
+    """
+    paths = args.dataset_path or [None]
+    if len(paths) > 1:
+        raise ValueError(f"--dataset-path {' '.join(paths)}: {args.dataset_provider} reads one; give one")
+    return paths[0]
 
 
 def _processor_content(processor: ProcessorMixin) -> list[str]:

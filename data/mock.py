@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 from data.conversation import Split
-from data.pack import SampleSize
 from data.sample import Sample
+from data.sizes import SampleSize
 from models.spec import ModelInputs
 
 SAMPLES = 1 << 14
 
 
 class MockDataset:
-    """Samples of one length with one image each, in the middle of the text; see `data.pack.SampleDataset`.
+    """Samples of one length with one image each, in the middle of the text; see `data.sizes.SampleDataset`.
 
     Text ids are drawn below nine tenths of the image token's id: special ids sit beside it, at a vocabulary's end.
     Every text token is trained.

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from data.bounded import template_problem
 from data.processor_files import TURN_END, ProcessorFacts, contradicts, no_token
 from data.receipts.processor import processor_for
-from data.sample import image_token
+from data.template import image_token
 from weights.schema import description_problems
 
 # Both end an answer in Qwen3.5's generation_config.json: a turn's end, and a document's.
@@ -53,6 +53,7 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
         raise ValueError(f"{flag} {path}: {error}") from error
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
         raise ValueError(f"{flag} {path}: it has no image processor; give a vision-language model's")
+    _use_areas(processor.image_processor, f"{flag} {path}")
     if problem := template_problem(processor):
         raise ValueError(f"{flag} {path}: {problem}")
     tokenizer = processor.tokenizer
@@ -84,6 +85,23 @@ def stop_ids(processor: ProcessorMixin) -> list[int]:
 def generation_settings(processor: ProcessorMixin) -> dict[str, Any]:
     """What generation_config.json has to say for answers to end: `eos_token_id`, a list, and `pad_token_id`."""
     return {"eos_token_id": stop_ids(processor), "pad_token_id": processor.tokenizer.pad_token_id}
+
+
+def _use_areas(image_processor: Any, where: str) -> None:
+    """Write an image processor's limits as shortest_edge and longest_edge, which HF's own code reads as areas.
+
+    Raises:
+        ValueError: its size says something else.
+    """
+    size = dict(image_processor.size)
+    if size.keys() == {"min_pixels", "max_pixels"}:
+        size = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_pixels"]}
+        image_processor.size = size
+    if size.keys() != {"shortest_edge", "longest_edge"}:
+        raise ValueError(
+            f"{where}: preprocessor_config.json (or processor_config.json), key 'size': {size}; expected shortest_edge "
+            "and longest_edge, the least and the most pixels of an image"
+        )
 
 
 def check_processor(processor: ProcessorMixin, config: Mapping[str, Any], path: str | None) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from data.conversation import Split
-from data.pack import SampleSize
 from data.sample import Sample
+from data.sizes import SampleSize
 from models.spec import ModelInputs
 
 SAMPLES = 1 << 9
@@ -26,7 +26,7 @@ TRAINED_SHARE = 0.4
 
 
 class RaggedDataset:
-    """Documents of uneven lengths with none to three images of several shapes; see `data.pack.SampleDataset`.
+    """Documents of uneven lengths with none to three images of several shapes; see `data.sizes.SampleDataset`.
 
     Args:
         split: splits differ in their numbers.

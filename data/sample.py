@@ -1,10 +1,8 @@
 """One conversation, tokenised once: what packs and batches are made of.
 
-    messages -> chat template (once) -> pieces: special tokens and the text between them -> ids, trained tokens
+    messages -> checked (conversation.py) -> rendered and tokenised (template.py) -> ids, trained tokens -> pixels
 
-Text between special tokens is tokenised piece by piece, as HF tokenizers themselves do after splitting at special
-tokens, so the ids are HF's; but a piece's text is never searched for special tokens, so "<|im_end|>" typed by a
-user stays text. Turns are known from the template's own markers, never by looking for the answer's text.
+Turns are known from the template's own markers, never by looking for the answer's text.
 
 Shape letters: L tokens of the sample, P patches, I images, D values of a patch (channels * temporal * patch²).
 """
@@ -13,30 +11,38 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
-from PIL import Image
 from torch import Tensor
 
-from data.bounded import longest_text, render
-from data.conversation import Conversation, Message
-from data.images import PixelLimits, open_image, patch_dim, patch_grid, process_images
-from data.processor_files import TURN_END, TURN_START
+from data.bad_sample import BadSample, Reason, shown
+from data.conversation import (
+    Conversation,
+    Document,
+    Message,
+    checked_messages,
+    checked_parts,
+    is_empty,
+    is_trained,
+    message_text,
+)
+from data.images import Picture, PixelLimits, open_image, patch_dim, patch_grid, process_images
+from data.processor_files import TURN_END
+from data.template import ChatTemplate, Tokens, image_token
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-ANSWER_START = "assistant\n"
-# Qwen3.5's template puts this before an answer without reasoning. At inference the prompt brings it along
-# (enable_thinking=False), so it isn't trained; a block that holds reasoning is.
-EMPTY_REASONING = "<think>\n\n</think>\n\n"
-# Stands inside a special token that is only text while the template runs: from Unicode's private use area.
-_BREAK = "\ue000"
+# What is said about answers of samples that are kept; counted for the log.
+OTHER_PREFIX = "answers that inference's prompt would precede otherwise (--train-on exact trains them apart)"
+LEFT_OUT = "reasonings that the chat template leaves out"
+EMPTY_ANSWER = "empty answers, not trained"
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,9 @@ class SampleOptions:
     dtype: of pixel_values.
     strict_special_mask: train no special token, not even `<|im_end|>` (the in-tree example's rule).
     pixels: False leaves pixel_values empty and decodes no image.
+    train_on: "all" answers; the "last" one; or "exact": answers that stand where inference would write them together,
+        each other one in a sample of its own.
+    template_arguments: a JSON object for the chat template.
     """
 
     seq_len: int
@@ -74,6 +83,8 @@ class SampleOptions:
     dtype: torch.dtype = torch.float32
     strict_special_mask: bool = False
     pixels: bool = True
+    train_on: str = "all"
+    template_arguments: str = "{}"
 
     @classmethod
     def of(cls, args: Namespace) -> SampleOptions:
@@ -84,6 +95,8 @@ class SampleOptions:
             max_pixels=args.max_pixels,
             dtype=args.params_dtype,
             strict_special_mask=args.strict_special_mask,
+            train_on=args.train_on,
+            template_arguments=args.chat_template_kwargs,
         )
 
 
@@ -94,6 +107,10 @@ class Outcome(StrEnum):
     CUT = "last turns left out: too long"
     TOO_LONG = "dropped: first question and answer too long"
     UNTRAINED = "dropped: nothing to train on"
+    EMPTY = "dropped: its answers are empty"
+
+
+KEPT = (Outcome.WHOLE, Outcome.CUT)
 
 
 @dataclass(frozen=True)
@@ -101,15 +118,18 @@ class Encoded:
     """A conversation before its pixels are touched.
 
     input_ids, trained: one entry per token; empty when dropped.
-    images: those of the turns that were kept.
+    pictures: those of the turns that were kept.
     grids: patches of each of these images in time, height and width.
+    notes: what is to be counted about its answers, by remark.
     """
 
     input_ids: list[int]
     trained: list[bool]
-    images: list[Image.Image]
+    pictures: list[Picture]
     grids: list[tuple[int, int, int]]
     outcome: Outcome
+    id: str
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def patches(self) -> list[int]:
@@ -117,27 +137,57 @@ class Encoded:
 
 
 def build_sample(
-    conversation: Conversation, processor: ProcessorMixin, options: SampleOptions
+    conversation: Conversation | Document, processor: ProcessorMixin, options: SampleOptions, part: int = 0
 ) -> tuple[Sample | None, Outcome]:
     """Tokenise a conversation and process its images.
 
     A conversation longer than `options.seq_len` loses its last exchanges with their images, and is dropped when the
     first alone is too long: an answer never stays without an image it was given for, and no image is cut.
 
+    Args:
+        part: which of the conversation's samples; see `encode_all`.
+
     Returns:
         The sample, or None when it is dropped, and what became of the conversation.
 
     Raises:
-        ValueError: a malformed message, an image with a side more than 200 times the other, or a template that
-            doesn't place the images; the message names the sample.
+        BadSample: a malformed message, an image that can't be read or with a side more than 200 times the other, or a
+            template that doesn't place the images; the message names the sample.
     """
-    encoded = encode(conversation, processor, options)
-    if encoded.outcome in (Outcome.TOO_LONG, Outcome.UNTRAINED):
+    encoded = encode_all(conversation, processor, options)[part]
+    if encoded.outcome not in KEPT:
         return None, encoded.outcome
+    return sample_of(encoded, processor, options), encoded.outcome
+
+
+def build_prompt(conversation: Conversation, processor: ProcessorMixin, options: SampleOptions) -> Sample | None:
+    """What inference gives the model for its next answer, with no token trained; None if it is too long.
+
+    Raises:
+        BadSample: as `build_sample`.
+    """
+    encoder = _Encoder(processor, options)
+    messages = checked_messages(conversation, encoder.template.names)
+    pictures = encoder.pictures([part for message in messages for part in message["content"]])
+    grids = [patch_grid(picture, processor.image_processor) for picture in pictures]
+    tokens = encoder.template.inference_prompts(messages, conversation.tools)[0]
+    ids, trained = encoder.expand(tokens, [False] * len(tokens), grids)
+    encoded = Encoded(ids, trained, pictures, grids, Outcome.WHOLE, conversation.id)
+    return sample_of(encoded, processor, options) if len(ids) <= options.seq_len else None
+
+
+def sample_of(encoded: Encoded, processor: ProcessorMixin, options: SampleOptions) -> Sample:
+    """The sample of a conversation that is kept: decodes its images.
+
+    Raises:
+        BadSample: one can't be decoded.
+    """
     image_processor = processor.image_processor
-    limits = PixelLimits.of(image_processor, options.min_pixels, options.max_pixels)
     if options.pixels:
-        pixel_values, grid_thw = process_images(encoded.images, image_processor, limits, options.dtype)
+        try:
+            pixel_values, grid_thw = process_images(encoded.pictures, image_processor, options.dtype)
+        except BadSample as error:
+            raise error.named(encoded.id) from error
     else:
         pixel_values = torch.empty(0, patch_dim(image_processor), dtype=options.dtype)
         grid_thw = torch.tensor(encoded.grids, dtype=torch.int64).view(-1, 3)
@@ -146,55 +196,49 @@ def build_sample(
         trained=torch.tensor(encoded.trained, dtype=torch.bool),
         pixel_values=pixel_values,
         grid_thw=grid_thw,
-        id=conversation.id,
+        id=encoded.id,
     )
     placeholders = int((sample.input_ids == image_token(processor)[1]).sum())
     features = int(grid_thw.prod(-1).sum()) // image_processor.merge_size**2
     expected = [list(grid) for grid in encoded.grids]
     if placeholders != features or grid_thw.tolist() != expected:
         raise ValueError(
-            f"{conversation.id}: {placeholders} image placeholders for {features} vision features "
+            f"{encoded.id}: {placeholders} image placeholders for {features} vision features "
             f"(grids {grid_thw.tolist()}, {expected} expected)"
         )
-    return sample, encoded.outcome
+    return sample
 
 
-def image_token(processor: ProcessorMixin) -> tuple[str, int]:
-    """The token that stands for one vision feature, and its id."""
-    # Every vision-language processor has them; their base class in transformers doesn't declare them.
-    return processor.image_token, processor.image_token_id  # type: ignore[attr-defined]
-
-
-def encode(conversation: Conversation, processor: ProcessorMixin, options: SampleOptions) -> Encoded:
-    """Tokens of a conversation, and which images they stand for; reads images' sizes, not their pixels.
+def encode(
+    conversation: Conversation | Document, processor: ProcessorMixin, options: SampleOptions, part: int = 0
+) -> Encoded:
+    """Tokens of one of a conversation's samples, and which images they stand for; reads images' sizes, not their
+    pixels.
 
     Raises:
-        ValueError: as `build_sample`.
+        BadSample: as `build_sample`.
     """
-    messages = [_checked(message, conversation.id) for message in conversation.messages]
-    limits = PixelLimits.of(processor.image_processor, options.min_pixels, options.max_pixels)
-    for kept in _lengths_to_try(messages):
-        images = _images(messages[:kept], conversation.id)
-        grids = []
-        for number, image in enumerate(images):
-            try:
-                grids.append(patch_grid(image, processor.image_processor, limits))
-            except ValueError as error:
-                size = f"{image.width} x {image.height} pixels"
-                raise ValueError(f"{conversation.id}: image {number} of {size}: {error}") from error
-        patches = [prod(grid) for grid in grids]
-        tokens = _tokenise(messages[:kept], patches, processor, conversation.id, options.seq_len)
-        if tokens is None or len(tokens[0]) > options.seq_len:
-            continue
-        input_ids, trained = tokens
-        if options.strict_special_mask:
-            never = _never_trained(processor)
-            trained = [t and token not in never for t, token in zip(trained, input_ids, strict=True)]
-        if not any(trained):
-            return Encoded([], [], [], [], Outcome.UNTRAINED)
-        outcome = Outcome.WHOLE if kept == len(messages) else Outcome.CUT
-        return Encoded(input_ids, trained, images, grids, outcome)
-    return Encoded([], [], [], [], Outcome.TOO_LONG)
+    return encode_all(conversation, processor, options)[part]
+
+
+def encode_all(
+    conversation: Conversation | Document, processor: ProcessorMixin, options: SampleOptions
+) -> list[Encoded]:
+    """A conversation's samples: one, or with `train_on` "exact" those that `SampleOptions` says.
+
+    Raises:
+        BadSample: as `build_sample`.
+    """
+    encoder = _Encoder(processor, options)
+    try:
+        if isinstance(conversation, Document):
+            return [encoder.document(conversation)]
+        messages = checked_messages(conversation, encoder.template.names)
+        if options.train_on == "exact":
+            return encoder.exact(messages, conversation)
+        return [encoder.conversation(messages, conversation)]
+    except BadSample as error:
+        raise error.named(conversation.id) from error
 
 
 def value_mask(sample: Sample, conversation: Conversation, processor: ProcessorMixin) -> Tensor:
@@ -230,32 +274,185 @@ def value_mask(sample: Sample, conversation: Conversation, processor: ProcessorM
     return mask
 
 
-# Messages
+class _Encoder:
+    """Makes `Encoded` of checked messages, under one run's options."""
 
+    def __init__(self, processor: ProcessorMixin, options: SampleOptions) -> None:
+        self.template = ChatTemplate.of(processor, options.template_arguments)
+        self._processor = processor
+        self._options = options
+        self._limits = PixelLimits.of(processor.image_processor, options.min_pixels, options.max_pixels)
 
-def _checked(message: Message, sample_id: str) -> Message:
-    """The message with content as a list of parts, adjacent texts joined."""
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise ValueError(f"{sample_id}: role {role!r}; expected system, user or assistant")
-    if isinstance(content, str):
-        return {"role": role, "content": [{"type": "text", "text": content}]}
-    parts: list[dict[str, Any]] = []
-    for part in content or ():
-        kind = part.get("type")
-        if kind == "text" and isinstance(part.get("text"), str):
-            if parts and parts[-1]["type"] == "text":  # two halves of "<|im_end|>" must not join unseen
-                parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
+    def document(self, document: Document) -> Encoded:
+        parts = checked_parts(document.parts, "text")
+        pictures = self.pictures(parts)
+        grids = self._grids(pictures)
+        tokens = self.template.document(parts)
+        trained = [token not in self.template.vision_ids for token in tokens.ids]
+        ids, trained = self.expand(tokens.ids, trained, grids)
+        if len(ids) > self._options.seq_len:
+            return self._dropped(Outcome.TOO_LONG, document.id)
+        if not any(part["type"] == "text" and part["text"].strip() for part in parts):
+            return self._dropped(Outcome.EMPTY, document.id)
+        return self._kept(ids, trained, pictures, grids, Outcome.WHOLE, document.id, {})
+
+    def conversation(
+        self, messages: list[Message], conversation: Conversation, answers: set[int] | None = None
+    ) -> Encoded:
+        """The conversation, cut to fit.
+
+        Args:
+            answers: the messages that are trained; None for all answers, or the last one, as the options say.
+        """
+        spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        empty = {index for index in spoken if is_empty(messages[index])}
+        if answers is None:
+            answers = set(spoken[-1:] if self._options.train_on == "last" else spoken)
+        wanted = {index for index in answers - empty if is_trained(messages[index])}
+        if not wanted:
+            return self._dropped(Outcome.EMPTY if empty else Outcome.UNTRAINED, conversation.id)
+        lengths = _lengths_to_try(messages)
+        if self._options.train_on == "last":
+            lengths = [length for length in lengths if length > max(wanted)]
+        longest = len(messages)
+        for kept in lengths:
+            if kept > longest:
+                continue
+            pictures = self.pictures([part for message in messages[:kept] for part in message["content"]])
+            grids = self._grids(pictures)
+            tokens = self.template.render(messages[:kept], conversation.tools, len(pictures), self._options.seq_len)
+            if tokens is None:
+                continue
+            turns = self._turns(messages[:kept], tokens)
+            trained, notes = self._trained(messages, tokens, turns, wanted)
+            ids, trained = self.expand(tokens.ids, trained, grids)
+            if len(ids) > self._options.seq_len:
+                longest = self._longest(turns, tokens, grids, kept)
+                continue
+            notes += Counter({EMPTY_ANSWER: sum(index < kept for index in empty)})
+            outcome = Outcome.WHOLE if kept == len(messages) else Outcome.CUT
+            return self._kept(ids, trained, pictures, grids, outcome, conversation.id, +notes)
+        return self._dropped(Outcome.TOO_LONG, conversation.id)
+
+    def exact(self, messages: list[Message], conversation: Conversation) -> list[Encoded]:
+        """Answers that follow the ids that inference would give the model in one sample, each other one in its own."""
+        images = sum(part["type"] == "image" for message in messages for part in message["content"])
+        tokens = self.template.render(messages, conversation.tools, images, self._options.seq_len)
+        if tokens is None:
+            return [self._dropped(Outcome.TOO_LONG, conversation.id)]
+        together, apart = set(), []
+        for turn, index in enumerate(self._turns(messages, tokens)):
+            if not is_trained(messages[index]) or is_empty(messages[index]):
+                continue
+            first, _ = self.template.prefix(tokens, turn)
+            if tokens.ids[:first] in self.template.inference_prompts(messages[:index], conversation.tools):
+                together.add(index)
             else:
-                parts.append({"type": "text", "text": part["text"]})
-        elif kind == "image" and "image" in part:
-            parts.append({"type": "image", "image": part["image"]})
-        else:
-            raise ValueError(
-                f"{sample_id}: a part of type {kind!r} with keys {sorted(part)}; expected "
-                '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
+                apart.append((turn, index))
+        made = [self.conversation(messages, conversation, together)] if together or not apart else []
+        for turn, index in apart:
+            alone = Conversation(conversation.messages, f"{conversation.id}#{turn}", (), conversation.tools)
+            made.append(self._only(messages[: index + 1], alone))
+        return made
+
+    def _only(self, messages: list[Message], conversation: Conversation) -> Encoded:
+        """The conversation's last answer, which isn't cut off to fit."""
+        encoded = self.conversation(messages, conversation, {len(messages) - 1})
+        return self._dropped(Outcome.TOO_LONG, conversation.id) if encoded.outcome is Outcome.CUT else encoded
+
+    def pictures(self, parts: Sequence[Mapping[str, Any]]) -> list[Picture]:
+        """The images among parts, opened."""
+        found: list[Picture] = []
+        for part in parts:
+            if part["type"] == "image":
+                try:
+                    found.append(Picture(open_image(part["image"]), self._limits.for_part(part)))
+                except BadSample as error:
+                    raise error.named(f"image {len(found)}") from error
+        return found
+
+    def expand(
+        self, ids: Sequence[int], trained: Sequence[bool], grids: Sequence[tuple[int, int, int]]
+    ) -> tuple[list[int], list[bool]]:
+        """Each image's placeholder repeated to as many as the image has features."""
+        merged = self._processor.image_processor.merge_size**2
+        counts = iter(prod(grid) // merged for grid in grids)
+        image_id = self.template.image_token_id
+        expanded_ids: list[int] = []
+        expanded_trained: list[bool] = []
+        for token, is_target in zip(ids, trained, strict=True):
+            count = next(counts) if token == image_id else 1
+            expanded_ids += [token] * count
+            expanded_trained += [is_target] * count
+        return expanded_ids, expanded_trained
+
+    def _grids(self, pictures: Sequence[Picture]) -> list[tuple[int, int, int]]:
+        grids = []
+        for number, picture in enumerate(pictures):
+            try:
+                grids.append(patch_grid(picture, self._processor.image_processor))
+            except BadSample as error:
+                raise error.named(f"image {number}") from error
+        return grids
+
+    def _turns(self, messages: Sequence[Message], tokens: Tokens) -> list[int]:
+        """The message of each assistant's turn that was rendered."""
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(answers) != len(tokens.turns):
+            raise BadSample(
+                Reason.TEMPLATE, f"the chat template writes {len(tokens.turns)} assistant turns for {len(answers)}"
             )
-    return {"role": role, "content": parts}
+        return answers
+
+    def _trained(
+        self, messages: Sequence[Message], tokens: Tokens, turns: Sequence[int], wanted: set[int]
+    ) -> tuple[list[bool], Counter[str]]:
+        trained = [False] * len(tokens.ids)
+        notes: Counter[str] = Counter()
+        for turn, index in enumerate(turns):
+            if index not in wanted:
+                continue
+            first, is_prompt = self.template.prefix(tokens, turn)
+            end = tokens.turns[turn][1]  # of <|im_end|>, which is trained: the model learns to stop
+            trained[first : end + 1] = [True] * (end + 1 - first)
+            notes[OTHER_PREFIX] += not is_prompt
+            notes[LEFT_OUT] += _reasoning_is_left_out(messages[index], tokens.texts[turn], index)
+        return trained, notes
+
+    def _longest(self, turns: Sequence[int], tokens: Tokens, grids: Sequence[tuple[int, int, int]], kept: int) -> int:
+        """Messages that may still fit when `kept` don't: their tokens are at least as many in a shorter rendering."""
+        counts = [1] * len(tokens.ids)
+        merged = self._processor.image_processor.merge_size**2
+        places = [place for place, token in enumerate(tokens.ids) if token == self.template.image_token_id]
+        for place, grid in zip(places, grids, strict=True):
+            counts[place] = prod(grid) // merged
+        fitting, length, place = 0, 0, 0
+        for index, (_, end) in zip(turns, tokens.turns, strict=True):
+            length += sum(counts[place:end])
+            place = end
+            if length <= self._options.seq_len:
+                fitting = index + 1
+        return min(fitting, kept - 1)
+
+    def _kept(
+        self,
+        ids: list[int],
+        trained: list[bool],
+        pictures: list[Picture],
+        grids: list[tuple[int, int, int]],
+        outcome: Outcome,
+        name: str,
+        notes: Mapping[str, int],
+    ) -> Encoded:
+        if self._options.strict_special_mask:
+            never = {self._processor.tokenizer.pad_token_id, *self.template.special_ids.values()}
+            trained = [t and token not in never for t, token in zip(trained, ids, strict=True)]
+        if not any(trained[1:]):
+            return self._dropped(Outcome.UNTRAINED, name)
+        return Encoded(ids, trained, pictures, grids, outcome, name, notes)
+
+    def _dropped(self, outcome: Outcome, name: str) -> Encoded:
+        return Encoded([], [], [], [], outcome, name)
 
 
 def _lengths_to_try(messages: list[Message]) -> list[int]:
@@ -264,109 +461,28 @@ def _lengths_to_try(messages: list[Message]) -> list[int]:
     return [len(messages), *(n for n in reversed(answers) if n < len(messages))]
 
 
-def _images(messages: list[Message], sample_id: str) -> list[Image.Image]:
-    images = []
-    for message in messages:
-        for part in message["content"]:
-            if part["type"] == "image":
-                try:
-                    images.append(open_image(part["image"]))
-                except (OSError, ValueError) as error:
-                    raise ValueError(f"{sample_id}: image {len(images)}: {error}") from error
-    return images
+def _reasoning_is_left_out(message: Message, said: str, index: int) -> bool:
+    """Whether the template wrote an answer without its reasoning.
+
+    Raises:
+        BadSample: anything else of the answer is missing from what it wrote.
+    """
+    text, spoken = _squeezed(message_text(message)), _squeezed(said)
+    reasoning = _squeezed(message.get("reasoning_content") or "")
+    head, end, tail = text.rpartition("</think>")
+    if end and not spoken.startswith(text) and "</think>" not in head:
+        reasoning, text = reasoning + head.removeprefix("<think>"), tail
+    after = spoken.partition("</think>")[2] if spoken.startswith("<think>") else spoken
+    # Tool calls follow the text; without them nothing does.
+    written = (spoken, after) if text else (spoken,)
+    if not any(place.startswith(text) if message.get("tool_calls") else place == text for place in written) and text:
+        raise BadSample(
+            Reason.TEMPLATE,
+            f"messages[{index}]: the chat template changes the answer's text: {shown(message_text(message))} becomes "
+            f"{shown(said)}; give reasoning in reasoning_content, or as <think>...</think> at the answer's start",
+        )
+    return bool(reasoning) and reasoning not in spoken
 
 
-def message_text(message: Message) -> str:
-    """The text of a message without images."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-# Tokens
-
-
-def _tokenise(
-    messages: list[Message], patches: list[int], processor: ProcessorMixin, sample_id: str, longest: int
-) -> tuple[list[int], list[bool]] | None:
-    """Token ids with expanded placeholders, and which of them are trained; None: by its length alone, the text can't be
-    as few as `longest` tokens."""
-    tokenizer, placeholder = processor.tokenizer, image_token(processor)[0]
-    special = _special_ids(processor)
-    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    try:
-        rendered = render(processor, _escape(messages, pattern))
-    except TemplateError as error:
-        raise ValueError(f"{sample_id}: the chat template refuses it: {error}") from error
-    pieces = [piece for piece in re.split(f"({pattern})", rendered) if piece]
-    if (found := pieces.count(placeholder)) != len(patches):
-        raise ValueError(f"{sample_id}: the chat template places {found} images of {len(patches)}")
-
-    texts = [_unescape(piece, special) for piece in pieces if piece not in special]
-    if sum(map(len, texts)) > longest_text(tokenizer, longest):
-        return None
-    encodings = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )
-    encoded_texts = iter(zip(texts, encodings["input_ids"], encodings["offset_mapping"], strict=True))
-    token_counts = iter(n // processor.image_processor.merge_size**2 for n in patches)
-    input_ids: list[int] = []
-    trained: list[bool] = []
-    in_answer = turn_opens = False
-    for piece in pieces:
-        if piece == placeholder:
-            count = next(token_counts)
-            input_ids += [special[piece]] * count
-            trained += [False] * count
-        elif piece in special:
-            input_ids.append(special[piece])
-            trained.append(in_answer and piece == TURN_END)
-            turn_opens = piece == TURN_START
-            in_answer = in_answer and piece not in (TURN_START, TURN_END)
-        else:
-            text, ids, offsets = next(encoded_texts)
-            in_answer = text.startswith(ANSWER_START) if turn_opens else in_answer
-            first = _answer_offset(text) if turn_opens else 0
-            input_ids += ids
-            trained += [in_answer and start >= first for start, _ in offsets]
-            turn_opens = False
-    return input_ids, trained
-
-
-def _answer_offset(text: str) -> int:
-    """Where the trained text begins in the piece that opens an assistant's turn."""
-    offset = len(ANSWER_START)
-    return offset + len(EMPTY_REASONING) if text.startswith(EMPTY_REASONING, offset) else offset
-
-
-def _special_ids(processor: ProcessorMixin) -> dict[str, int]:
-    """Tokens that only the template may write, by their text."""
-    added = processor.tokenizer.added_tokens_decoder
-    special = {token.content: token_id for token_id, token in added.items() if token.special}
-    return special | dict([image_token(processor)])
-
-
-def _never_trained(processor: ProcessorMixin) -> set[int]:
-    return {processor.tokenizer.pad_token_id, *_special_ids(processor).values()}
-
-
-def _escape(messages: list[Message], pattern: str) -> list[Message]:
-    """Messages with special tokens in their text broken, so that the rendered text holds the template's alone."""
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "text", "text": re.sub(pattern, lambda m: m[0][0] + _BREAK + m[0][1:], part["text"])}
-                if part["type"] == "text"
-                else {"type": "image"}
-                for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]
-
-
-def _unescape(text: str, special: dict[str, int]) -> str:
-    if _BREAK not in text:
-        return text
-    broken = "|".join(re.escape(token[0] + _BREAK + token[1:]) for token in special)
-    return re.sub(broken, lambda m: m[0].replace(_BREAK, ""), text)
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)

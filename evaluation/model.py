@@ -9,6 +9,7 @@ B rows, S tokens of the longest, P patches, I images.
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.conversation import Conversation, Message
-from data.images import open_image
 from data.processor import facts_of, read_processor, stop_ids
-from data.sample import Sample, SampleOptions, build_sample, image_token
+from data.sample import Sample, SampleOptions, build_prompt
+from data.template import image_token
 from models.adapters import recorded_map
 from models.spec import HfWeights, ModelConfig
 from runtime.checkpoints import TRACKER
@@ -32,10 +33,9 @@ from weights.adapter import AdapterFolder
 from weights.adapter_export import export
 from weights.base import BaseRecord
 from weights.check import check_folder, model_of
-from weights.folder import FolderError, HfFolder, read_config
+from weights.folder import FolderError, HfFolder, read_config, read_template_arguments
 
 if TYPE_CHECKING:
-    from PIL import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
     from models.spec import ModelInputs
@@ -98,12 +98,14 @@ class Answer:
 class HfModel:
     """A model, its processor, and what it computes from token ids and grids.
 
-    `model` is a ForConditionalGeneration of the family that config.json names, in evaluation mode.
+    `model` is a ForConditionalGeneration of the family that config.json names, in evaluation mode;
+    `template_arguments` a JSON object, `--chat-template-kwargs` of the training.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
     inputs: ModelInputs
+    template_arguments: str = "{}"
 
     @classmethod
     def load(cls, folder: Path, adapter: Path | None = None) -> HfModel:
@@ -152,7 +154,8 @@ class HfModel:
             raise ValueError(f"--load {folder}: {len(missing)} weights are missing: {listed}")
         if adapter is not None:
             model = _with_adapter(model, adapter, spec.table, architecture)
-        return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor, spec.model_inputs(architecture))
+        model = model.to("cuda" if has_gpu else "cpu").eval()
+        return cls(model, processor, spec.model_inputs(architecture), read_template_arguments(folder))
 
     def question(
         self,
@@ -173,15 +176,17 @@ class HfModel:
             ValueError: an image that can't be read, is too long and thin, or takes more tokens than the model has
                 positions.
         """
-        content: list[dict[str, Any]] = [{"type": "image", "image": _read_image(path)} for path in images]
+        content: list[dict[str, Any]] = [{"type": "image", "image": path} for path in images]
         content.append({"type": "text", "text": text})
-        turns: list[Message] = [{"role": "user", "content": content}, {"role": "assistant", "content": ""}]
+        turns: list[Message] = [{"role": "user", "content": content}]
         positions = self.model.config.get_text_config().max_position_embeddings
-        options = SampleOptions(positions - max_new_tokens, min_pixels, max_pixels)
-        sample, outcome = build_sample(Conversation(turns, id="question"), self.processor, options)
+        # Answers without reasoning are trained after the prompt without thinking, so that one is the default.
+        arguments = json.dumps({"enable_thinking": False} | json.loads(self.template_arguments))
+        options = SampleOptions(positions - max_new_tokens, min_pixels, max_pixels, template_arguments=arguments)
+        sample = build_prompt(Conversation(turns, id="question"), self.processor, options)
         if sample is None:
             raise ValueError(
-                f"{outcome}: text and images take more than the {options.seq_len} tokens that {positions} positions "
+                f"text and images take more than the {options.seq_len} tokens that {positions} positions "
                 f"leave beside an answer of {max_new_tokens}; --max-pixels makes images smaller"
             )
         return sample
@@ -273,16 +278,9 @@ def _pad(rows: list[Tensor], value: int) -> Tensor:
 
 
 def _answer_start(sample: Sample) -> int:
-    """Index of the last answer's first trained token: what stands before it is the prompt."""
+    """Index of the last answer's first trained token: what stands before it is the prompt, or all without one."""
+    if not sample.trained.any():
+        return len(sample.trained)
     before = sample.trained.roll(1)
     before[0] = False
     return int((sample.trained & ~before).nonzero()[-1, 0])
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        image = open_image(path)
-        image.load()
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
-        raise ValueError(f"image {path} can't be read: {error}") from error
-    return image

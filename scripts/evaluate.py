@@ -35,8 +35,13 @@ def read_arguments() -> Namespace:
     parser.add_argument("--load", required=True, type=Path, help="Checkpoint (what --save named) or HuggingFace folder")
     parser.add_argument("--adapter", type=Path, default=None, help="A LoRA adapter for --load's model; needs peft")
     parser.add_argument("--dataset-provider", default="receipts", help="receipts, cord_v2 or yours")
-    parser.add_argument("--dataset-path", default=None, help="As in training; default: the provider's")
+    parser.add_argument("--dataset-path", nargs="+", default=None, help="As in training; default: the provider's")
+    parser.add_argument("--media-root", default=None, help="As in training")
+    parser.add_argument("--data-cache-path", default=None, help="As in training")
+    parser.add_argument("--train-on", choices=("all", "last"), default="all", help="As in training: for the loss")
+    parser.add_argument("--chat-template-kwargs", default=None, help="JSON; default: the training's")
     parser.add_argument("--split", default="test", choices=("validation", "test"), help="Of the dataset")
+    parser.add_argument("--cut-rows", default=None, metavar="98,1,1", help="What training had as --split, if it had")
     parser.add_argument("--samples", type=int, default=None, help="The first N of the split; default: all")
     parser.add_argument("--batch-size", type=int, default=32, help="Samples that run together")
     parser.add_argument("--max-new-tokens", type=int, default=None, help="Default: 1.5 times the longest true answer")
@@ -56,7 +61,7 @@ def read_arguments() -> Namespace:
 def main() -> None:
     args = read_arguments()
     quiet_libraries()
-    from data.sample import message_text
+    from data.conversation import message_text
     from evaluation.fields import majorities, score
     from evaluation.model import HfModel, weights_folder
 
@@ -87,14 +92,16 @@ def open_dataset(args: Namespace, split: Split, model: HfModel) -> ConversationD
     Raises:
         ValueError: an unknown provider, or one whose samples aren't conversations.
     """
-    from data import DATASET_PROVIDERS
+    from data import DATASET_PROVIDERS, find_provider
     from data.dataset import ConversationDataset
 
-    provider = DATASET_PROVIDERS.get(args.dataset_provider)
-    if provider is None or not provider.needs_processor:
+    provider = find_provider(args.dataset_provider)
+    if not provider.needs_processor:
         known = ", ".join(name for name, found in DATASET_PROVIDERS.items() if found.needs_processor)
         raise ValueError(f"--dataset-provider {args.dataset_provider}: has no answers to match; expected {known}")
-    options = Namespace(**vars(args), params_dtype=model.model.dtype)
+    options = Namespace(**vars(args), params_dtype=model.model.dtype, num_workers=0)
+    options.chat_template_kwargs = args.chat_template_kwargs or model.template_arguments
+    options.split = args.cut_rows  # which is what training calls --split
     dataset = provider.build(options, split, model.processor, model.inputs)
     if not isinstance(dataset, ConversationDataset):
         raise ValueError(f"--dataset-provider {args.dataset_provider}: its samples aren't conversations")
@@ -107,7 +114,8 @@ def encode(dataset: ConversationDataset, count: int | None) -> tuple[list[Sample
     Raises:
         ValueError: none is left, or a conversation ends with a question.
     """
-    from data.sample import Outcome, build_sample, message_text
+    from data.conversation import message_text
+    from data.sample import Outcome, build_sample
 
     samples: list[Sample] = []
     answers: list[str] = []

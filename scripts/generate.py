@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="Length of the answer at most")
     parser.add_argument("--min-pixels", type=int, default=None, help="Images are enlarged to at least this many pixels")
     parser.add_argument("--max-pixels", type=int, default=None, help="Images are shrunk to at most this many pixels")
+    parser.add_argument("--chat-template-kwargs", default=None, help="JSON; default: the training's")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0, help="Of the draws at a temperature above 0")
     args = parser.parse_args()
@@ -36,6 +38,8 @@ def main() -> None:
     try:
         with weights_folder(args.load) as folder:
             model = HfModel.load(folder, args.adapter)
+        if args.chat_template_kwargs is not None:
+            model = replace(model, template_arguments=args.chat_template_kwargs)
         question = model.question(
             args.prompt,
             args.image,

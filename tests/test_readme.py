@@ -389,7 +389,9 @@ def test_the_dataset_example_gives_samples() -> None:
     exec(example, {"ROWS": [(Image.new("RGB", (96, 64), "white"), "A blank page.")]})
     provider = DATASET_PROVIDERS.pop("captions")
     limits = {"seq_length": 64, "min_pixels": None, "max_pixels": None}
-    args = Namespace(**limits, params_dtype=torch.float32, strict_special_mask=False)
+    args = Namespace(
+        **limits, params_dtype=torch.float32, strict_special_mask=False, train_on="all", chat_template_kwargs="{}"
+    )
     config = VARIANTS["tiny"].to_hf()
     processor = build_processor("tiny", {name: id for name, id in config.items() if name.endswith("_token_id")})
     dataset = provider.build(args, "train", processor, None)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.pack import SampleSize
 from data.sample import Sample
+from data.sizes import SampleSize
 from models.spec import BatchShape
 
 IMAGE = 9

@@ -253,7 +253,7 @@ def _record(out: Path, rank: int) -> None:
     """Append a `Step` after each training step."""
     from megatron.training import training
 
-    from data.loader import BatchReader
+    from data.reader import BatchReader
 
     journal = os.open(out / f"rank{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     original_step, original_next = training.train_step, BatchReader.__next__

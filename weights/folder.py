@@ -43,6 +43,8 @@ INDEX = "model.safetensors.index.json"
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Written beside config.json in a checkpoint's hf/: dtype of every tensor of the folder that training started from.
 RECORD = "tensors.json"
+# What the run gave its chat template (`--chat-template-kwargs`), where it gave anything.
+TEMPLATE_ARGUMENTS = "chat_template_kwargs.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Everything that a tokenizer and a processor consist of: of one model, all or none of them.
 TEXT_AND_IMAGE_FILES = (
@@ -153,6 +155,25 @@ def read_config(path: Path) -> dict[str, Any]:
         return read_object(path / "config.json")
     except JsonError as error:
         raise FolderError(path, [f"config.json: {error.reason}"]) from error
+
+
+def read_template_arguments(path: Path) -> str:
+    """What the training gave its chat template, as a JSON object: `--chat-template-kwargs`.
+
+    Raises:
+        FolderError: the file isn't a JSON object.
+    """
+    file = path / TEMPLATE_ARGUMENTS
+    if not file.is_file():
+        return "{}"
+    text = file.read_text()
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise FolderError(path, [f"{TEMPLATE_ARGUMENTS} isn't a JSON object"])
+    return text
 
 
 def sidecar_files(path: Path) -> list[Path]:

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from models.json_files import JsonError, read_json, read_object
 from runtime.files import write_text
 from weights.check import model_of
-from weights.folder import ITEM_SIZES, RECORD, TEXT_AND_IMAGE_FILES, FolderError, HfFolder, read_config, sidecar_files
+from weights.folder import (
+    ITEM_SIZES,
+    PROCESSOR_FILES,
+    RECORD,
+    TEMPLATE_ARGUMENTS,
+    TEXT_AND_IMAGE_FILES,
+    FolderError,
+    HfFolder,
+    read_config,
+    sidecar_files,
+)
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -78,8 +88,50 @@ class RunProcessor:
     generation: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run gives its model that a folder's files don't say; it is written into them.
+
+    min_pixels, max_pixels: of images; None is the processor's own limit.
+    template_arguments: for the chat template, a JSON object.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    template_arguments: str = "{}"
+
+    @classmethod
+    def of(cls, args: Namespace) -> RunInputs:
+        return cls(args.min_pixels, args.max_pixels, args.chat_template_kwargs)
+
+    def write(self, folder: Path) -> None:
+        """Change a folder's image processor to these limits, so that the model is served as it was trained."""
+        limits = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        limits = {name: value for name, value in limits.items() if value is not None}
+        for name in PROCESSOR_FILES:
+            path = folder / name
+            if not limits or not path.is_file():
+                continue
+            content = read_object(path)
+            section = content if name == PROCESSOR_FILES[0] else content.get("image_processor", {})
+            if isinstance(section.get("size"), dict):
+                section["size"] |= limits
+            for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+                if section.get(old) is not None and new in limits:
+                    section[old] = limits[new]
+            write_text(path, json.dumps(content, indent=2) + "\n")
+        if json.loads(self.template_arguments):
+            write_text(folder / TEMPLATE_ARGUMENTS, self.template_arguments + "\n")
+
+
 def write_hf_folder(
-    folder: Path, config: Mapping[str, Any], processor: RunProcessor | None, origin: HfOrigin, *, with_record: bool
+    folder: Path,
+    config: Mapping[str, Any],
+    processor: RunProcessor | None,
+    origin: HfOrigin,
+    *,
+    with_record: bool,
+    inputs: RunInputs | None = None,
 ) -> None:
     """Write `config.json`, tokenizer and processor, which export and transformers need beside the weights.
 
@@ -90,6 +142,7 @@ def write_hf_folder(
             nothing does: names, order and unread keys stay as they were.
         processor: this run's, if it has one.
         with_record: also keep the dtypes of the origin's tensors, for export.
+        inputs: a run's, which override what the processor's files say; None keeps them.
 
     Raises:
         ValueError: the folder is there with another architecture: two models in one checkpoint folder.
@@ -114,6 +167,8 @@ def write_hf_folder(
         _write_processor(folder, processor, origin.processor_folder)
     if processor is not None:
         _write_generation(folder / "generation_config.json", processor.generation)
+    if inputs is not None:
+        inputs.write(folder)
     if with_record and origin.record:
         write_text(folder / RECORD, json.dumps(origin.record, indent=1) + "\n")
     if origin.folder is None or config != old:

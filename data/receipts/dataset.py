@@ -29,8 +29,7 @@ import PIL
 from filelock import FileLock
 
 from data.conversation import Conversation, Split
-from data.dataset import ConversationDataset
-from data.images import image_of
+from data.dataset import ConversationDataset, one_path
 from data.receipts import drawing as receipt_drawing
 from data.receipts import values as receipt_values
 from data.receipts.drawing import draw
@@ -51,7 +50,7 @@ DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "outputs" / "receipts"
 
 def build(args: Namespace, split: Split, processor: ProcessorMixin, model_inputs: ModelInputs) -> ConversationDataset:
     """The split as a dataset of samples, drawn into `--dataset-path` when it isn't there; see `data.BuildDataset`."""
-    folder = ensure_receipts(Path(args.dataset_path or DEFAULT_ROOT))
+    folder = ensure_receipts(Path(one_path(args) or DEFAULT_ROOT))
     conversations = Receipts(folder, split, questions=QUESTIONS_PER_RECEIPT[split])
     return ConversationDataset(
         conversations,
@@ -92,7 +91,7 @@ class Receipts:
         parse = json.loads(row["ground_truth"])["gt_parse"]
         asked = ask(parse, Random(f"question/{self._split}/{number}/{variant}"))
         content = [
-            {"type": "image", "image": image_of(row["image"], name)},
+            {"type": "image", "image": row["image"]},
             {"type": "text", "text": asked.question},
         ]
         return Conversation(

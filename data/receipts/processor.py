@@ -68,7 +68,7 @@ TOKEN_IDS: Mapping[str, TokenIds] = {
 }
 
 # Writes what Qwen3.5's template writes for system, user and assistant turns with images, the empty reasoning block
-# after the last question included. Tools aren't supported.
+# after the last question included. Tools are described, called and answered in the same places and marks as there.
 CHAT_TEMPLATE = """\
 {%- macro written(content) -%}
   {%- if content is string -%}
@@ -92,8 +92,23 @@ CHAT_TEMPLATE = """\
   {%- if message.role == 'user' -%}{%- set question.last = loop.index0 -%}{%- endif -%}
 {%- endfor -%}
 {%- if question.last < 0 -%}{{- raise_exception('there is no user message') -}}{%- endif -%}
+{%- if tools -%}
+  {{- '<|im_start|>system\\n# Tools\\n\\n<tools>' -}}
+  {%- for tool in tools -%}{{- '\\n' ~ (tool | tojson) -}}{%- endfor -%}
+  {{- '\\n</tools>' -}}
+  {%- if messages[0].role == 'system' -%}{{- '\\n\\n' ~ (written(messages[0].content) | trim) -}}{%- endif -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
   {%- set text = written(message.content) | trim -%}
+  {%- if message.role == 'tool' -%}
+    {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}
+    {{- '\\n<tool_response>\\n' ~ text ~ '\\n</tool_response>' -}}
+    {%- if loop.last or messages[loop.index].role != 'tool' -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
+    {%- continue -%}
+  {%- elif message.role == 'system' and loop.first and tools -%}
+    {%- continue -%}
+  {%- endif -%}
   {{- '<|im_start|>' ~ message.role ~ '\\n' -}}
   {%- if message.role == 'assistant' -%}
     {%- set reasoning = '' -%}
@@ -106,10 +121,22 @@ CHAT_TEMPLATE = """\
     {%- if loop.index0 > question.last -%}
       {{- '<think>\\n' ~ (reasoning | trim) ~ '\\n</think>\\n\\n' -}}
     {%- endif -%}
+    {%- set calls = namespace(text=text) -%}
+    {%- for call in message.tool_calls or [] -%}
+      {%- set function = call.function if call.function is defined else call -%}
+      {%- set calls.text = calls.text ~ ('\\n\\n' if loop.first and calls.text else '\\n' if not loop.first else '')
+          ~ '<tool_call>\\n<function=' ~ function.name ~ '>\\n' -%}
+      {%- for name, value in (function.arguments or {}).items() -%}
+        {%- set calls.text = calls.text ~ '<parameter=' ~ name ~ '>\\n' ~ (value if value is string else value | tojson)
+            ~ '\\n</parameter>\\n' -%}
+      {%- endfor -%}
+      {%- set calls.text = calls.text ~ '</function>\\n</tool_call>' -%}
+    {%- endfor -%}
+    {%- set text = calls.text -%}
   {%- elif message.role == 'system' -%}
     {%- if not loop.first -%}{{- raise_exception('a system message comes first') -}}{%- endif -%}
   {%- elif message.role != 'user' -%}
-    {{- raise_exception('role ' ~ message.role ~ ' is neither system, user nor assistant') -}}
+    {{- raise_exception('role ' ~ message.role ~ ' is neither system, user, assistant nor tool') -}}
   {%- endif -%}
   {{- text ~ '<|im_end|>\\n' -}}
 {%- endfor -%}

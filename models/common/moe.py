@@ -99,7 +99,8 @@ class PerTokenLossRouter(TopKRouter):
         tokens = real.sum()
         if self.tp_cp_group.size() > 1:
             torch.distributed.all_reduce(tokens, group=self.tp_cp_group)
-        loss = (squares * real).sum() / tokens
+        # In an MTP layer, documents of one token have none to look at.
+        loss = (squares * real).sum() / tokens.clamp(min=1)
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
             loss = loss / self.config.mtp_num_layers
         mtp_layers = self.config.mtp_num_layers or 0

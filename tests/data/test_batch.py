@@ -12,7 +12,7 @@ import torch
 from toy_data import PAD, ToyInputs, sample
 
 from data.batch import Batch, collate, flatten, unflatten
-from data.loader import HEADER_BYTES
+from data.reader import HEADER_BYTES
 from data.sample import Sample
 from models.qwen35_vl.configuration import VARIANTS
 from models.qwen35_vl.inputs import Qwen35VLInputs

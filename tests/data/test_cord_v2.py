@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data.cord_v2 import QUESTION, CordV2, json_to_tokens
+from data.images import open_image
 
 PARSE = {
     "menu": [{"nm": "Nasi Campur", "cnt": "1 x", "price": "75,000"}, {"nm": "Es Teh", "price": "12,000"}],
@@ -62,7 +63,7 @@ def test_reads_a_clone_of_the_repository(tmp_path: Path) -> None:
     assert conversation.id == "cord_v2/train/1"
     user, assistant = conversation.messages
     assert [part["type"] for part in user["content"]] == ["image", "text"]
-    assert user["content"][0]["image"].size == (48, 64)
+    assert open_image(user["content"][0]["image"]).size == (48, 64)
     assert user["content"][1]["text"] == QUESTION == "Describe this image."
     assert assistant == {"role": "assistant", "content": ANSWER}
 
@@ -92,6 +93,29 @@ def test_a_malformed_record_is_named(truth: str | None, key: str, tmp_path: Path
         CordV2(path, "train")[1]
 
 
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        (None, r"gt_parse\.menu\[1\]\.nm"),
+        (True, r"gt_parse\.menu\[1\]\.nm"),
+        ("a</s_nm>", r"gt_parse\.menu\[1\]\.nm: a</s_nm> reads like"),
+        ("<sep/>", r"gt_parse\.menu\[1\]\.nm: <sep/> reads like"),
+    ],
+)
+def test_a_value_that_is_none_is_named(value: Any, place: str, tmp_path: Path) -> None:
+    """And never trained as the word "None"."""
+    truth = json.dumps({"gt_parse": {"menu": [{"nm": "Tea"}, {"nm": value}]}})
+    path = parquet(tmp_path, [truth])
+    with pytest.raises(ValueError, match=f"{path}, split train, row 0, key 'ground_truth': {place}"):
+        CordV2(path, "train")[0]
+
+
+def test_a_folder_without_splits_is_refused(tmp_path: Path) -> None:
+    table([json.dumps({"gt_parse": PARSE})]).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="train, validation and test would be the same rows"):
+        CordV2(str(tmp_path / "saved"), "train")
+
+
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
     path = parquet(tmp_path, [json.dumps({"gt_parse": PARSE})], image=None)
     with pytest.raises(ValueError, match="split train, row 0, key 'image'"):
@@ -104,6 +128,7 @@ def test_unreadable_datasets_are_refused(tmp_path: Path) -> None:
         CordV2(path, "test")
     with pytest.raises(ValueError, match="--dataset-path"):
         CordV2(str(tmp_path / "nowhere"), "train")
-    datasets.Dataset.from_dict({"image": [1]}).save_to_disk(str(tmp_path / "other"))
+    other = datasets.Dataset.from_dict({"image": [1]})
+    datasets.DatasetDict({"train": other}).save_to_disk(str(tmp_path / "other"))
     with pytest.raises(ValueError, match="no column 'ground_truth'"):
         CordV2(str(tmp_path / "other"), "train")

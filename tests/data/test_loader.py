@@ -7,6 +7,7 @@ import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,10 +18,15 @@ import torch.distributed as dist
 from toy_data import PAD, ToyDataset, ToyInputs
 
 from data import DATASET_PROVIDERS, DatasetProvider, shared_memory
+from data.bad_log import BadSampleLog, BadSamplePolicy
+from data.bad_sample import BadSample, Reason
 from data.batch import Batch, collate
-from data.loader import BatchReader, Ranks, SharedReader, dataset_provider
-from data.pack import IndexedPacks, PackPlan, measure
+from data.loader import dataset_provider
+from data.pack import IndexedPacks
+from data.plan import PackPlan
+from data.reader import BatchReader, Ranks, SharedReader
 from data.sample import Sample
+from data.sizes import measure
 
 CPU = torch.device("cpu")
 LENGTHS = [7, 3, 12, 1, 5, 9, 2, 11, 4, 8, 6, 10, 12, 3, 5, 1, 2, 9]
@@ -48,22 +54,27 @@ def reader(
     with_vision: bool = True,
     group: object | None = None,
     timeout: float = 60,
+    stages: object | None = None,
+    policy: BadSamplePolicy = BadSamplePolicy(),  # noqa: B008  frozen
+    packed: bool = True,
+    sample_timeout: float | None = None,
 ) -> BatchReader:
     dataset = dataset or ToyDataset(LENGTHS)
-    source = IndexedPacks(dataset, PackPlan(measure(dataset), seed=3, token_budget=12, packed=True), order="toy")
+    plan = PackPlan(measure(dataset), seed=3, token_budget=12, packed=packed)
+    source = IndexedPacks(dataset, plan, order="toy", timeout=sample_timeout)
     source.position = position
     group = group or Alone()
     collate_packs = partial(
         collate,
         model_inputs=ToyInputs(),
         alignment=1,
-        packed=True,
+        packed=packed,
         seq_len=12,
         dtype=torch.float32,
         pad_token_id=PAD,
         with_vision=with_vision,
     )
-    ranks = Ranks(data_rank, data_size, group, group)
+    ranks = Ranks(data_rank, data_size, group, group, stages)
     return BatchReader(
         source,
         collate_packs,
@@ -73,6 +84,7 @@ def reader(
         workers=workers,
         device=CPU,
         timeout=timeout,
+        log=BadSampleLog("toy/train", policy, None),
     )
 
 
@@ -110,7 +122,7 @@ def test_the_state_is_what_was_delivered_not_what_was_prefetched() -> None:
     loaded = reader(1, 2, micro_batch_size=2, workers=2, position=8)
     for _ in range(3):
         next(loaded)
-    assert loaded.save_state() == {"position": 8 + 3 * 4, "order": "toy"}
+    assert loaded.save_state() == {"position": 8 + 3 * 4, "order": "toy", "overdue": []}
 
 
 def test_loading_leaves_the_default_generator_alone() -> None:
@@ -205,6 +217,112 @@ def test_model_chunks_see_the_same_batches_in_any_order() -> None:
     assert seen[0][0] is seen[1][0] is seen[2][0]  # read once
 
 
+# Samples that turn out broken
+
+
+class CutInHalf(ToyDataset):
+    """Some samples are broken, which only their pixels show."""
+
+    broken: frozenset[int] = frozenset({0, 3, 5, 9, 14})
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.pixels and index in self.broken:
+            raise BadSample(Reason.IMAGE, f"toy/{index}: cut in half")
+        return super().__getitem__(index)
+
+
+BEARS_ALL = BadSamplePolicy(max_fraction=1.0)
+
+
+def samples_of(batches: list[Batch]) -> list[list[int]]:
+    """The toy's samples in each micro-batch: 100 + their index are their ids."""
+    return [
+        sorted({token - 100 for row in batch.input_ids.tolist() for token in row if token > PAD}) for batch in batches
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_broken_sample_leaves_its_pack_short(workers: int, packed: bool) -> None:
+    whole = samples_of(list(islice(reader(packed=packed), 12)))
+    found = list(islice(reader(packed=packed, dataset=CutInHalf(LENGTHS), workers=workers, policy=BEARS_ALL), 12))
+    assert samples_of(found) == [[index for index in batch if index not in CutInHalf.broken] for batch in whole]
+    emptied = [batch for batch in found if batch.input_ids.unique().tolist() == [PAD]]
+    assert emptied  # becomes a document of padding
+    for batch in emptied:
+        assert not batch.loss_mask.any() and batch.stats.documents == 1
+        assert batch.input_ids.shape == ((1, 8) if packed else (1, 12))
+
+
+def test_the_plan_counts_lost_samples_for_the_routers() -> None:
+    planned = [batch.stats.mean_trained_tokens for batch in islice(reader(), 12)]
+    batches = list(islice(reader(dataset=CutInHalf(LENGTHS), policy=BEARS_ALL), 12))
+    assert [batch.stats.mean_trained_tokens for batch in batches] == planned
+
+
+def test_a_sample_of_another_size_than_measured_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = ToyDataset(LENGTHS)
+    loaded = reader(dataset=dataset, policy=BEARS_ALL)
+    dataset.lengths = [*LENGTHS[:4], 7, *LENGTHS[5:]]
+    assert 4 not in {index for batch in samples_of(list(islice(loaded, 10))) for index in batch}
+    assert "toy/train/4: 7 tokens and 0 patches, and 5 and 0 when it was measured" in capsys.readouterr().out
+
+
+class Hanging(ToyDataset):
+    def __getitem__(self, index: int) -> Sample:
+        if index == 5:
+            with suppress(Exception):  # as libraries do
+                time.sleep(60)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_hangs_is_lost_for_good(workers: int) -> None:
+    loaded = reader(dataset=Hanging(LENGTHS), policy=BEARS_ALL, workers=workers, sample_timeout=0.2)
+    start = time.monotonic()
+    first = samples_of(list(islice(loaded, 10)))
+    assert time.monotonic() - start < 30 and 5 not in {index for batch in first for index in batch}
+    state = loaded.save_state()
+    assert state["overdue"] == [5]
+    resumed = reader(policy=BEARS_ALL)  # where it would load at once
+    resumed.source.load_state_dict(state)
+    resumed.source.position = 0
+    assert samples_of(list(islice(resumed, 10))) == first
+
+
+def stage(rank: int, folder: str, workers: int) -> None:
+    """Two pipeline stages: the first reads pixels, the second is told what is lost, later and at its own pace."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dataset = CutInHalf(LENGTHS, [4 * (index % 2) for index in range(len(LENGTHS))])
+    loaded = reader(
+        dataset=dataset if rank == 0 else dataset.without_pixels(),
+        stages=dist.group.WORLD,
+        with_vision=rank == 0,
+        micro_batch_size=2,
+        workers=workers,
+        policy=BEARS_ALL,
+    )
+    if rank == 1:
+        time.sleep(0.5)
+    batches = list(islice(loaded, 8))
+    torch.save(
+        [(batch.input_ids, batch.labels, batch.vision_index, batch.stats) for batch in batches], f"{folder}/{rank}.pt"
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stages_lose_the_same_samples(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    torch.multiprocessing.spawn(stage, args=(str(tmp_path), workers), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    whole = list(islice(reader(micro_batch_size=2), 8))
+    assert any(batch.stats.documents > stats.documents for batch, (*_, stats) in zip(whole, first, strict=True))
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True)) and one[3] == other[3]
+
+
 # The provider that Megatron calls, on one rank
 
 
@@ -245,6 +363,9 @@ def arguments(**changes: object) -> Namespace:
             "tensor_model_parallel_size": 1,
             "sequence_parallel": False,
             "loader_timeout_minutes": 10.0,
+            "on_bad_sample": "skip",
+            "max_bad_fraction": 0.05,
+            "sample_timeout": 0.0,
         }
         | changes
     )
@@ -286,6 +407,20 @@ def test_full_validation_reads_one_epoch(provide: Callable[..., tuple]) -> None:
 def test_splits_that_no_flag_asks_for_are_not_built(provide: Callable[..., tuple]) -> None:
     assert provide(eval_iters=0)[1:] == (None, None)
     assert provide(skip_train=True)[0] is None
+
+
+def test_without_validation_data_evaluation_is_off(
+    single_rank: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(args: Namespace, split: str, processor: None, model_inputs: ToyInputs) -> ToyDataset:
+        return ToyDataset(LENGTHS if split == "train" else [])
+
+    monkeypatch.setitem(DATASET_PROVIDERS, "toy", DatasetProvider("toy", False, build))
+    args = arguments()
+    train, valid, test = dataset_provider(args, ToyInputs(), None)([1, 1, 1])
+    assert train is not None and valid is None and test is None
+    assert (args.eval_iters, args.full_validation) == (0, False)
+    assert "has no validation data, so evaluation is off" in capsys.readouterr().out
 
 
 def test_provider_gives_model_chunks_one_reader(single_rank: None) -> None:

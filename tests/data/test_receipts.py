@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data.cord_v2 import CordV2
+from data.images import open_image
 from data.receipts import dataset as receipts
 from data.receipts.dataset import Receipts, ensure_receipts, make_row
 from data.receipts.drawing import draw, turn
@@ -205,7 +206,7 @@ def test_conversations(folder: Path) -> None:
     stored = io.BytesIO(make_row("train", 1, seed=0)["image"]["bytes"])
     other = rows[1 + SIZES["train"]]  # the same receipt, asked differently
     for conversation in (first, other):
-        image = conversation.messages[0]["content"][0]["image"]
+        image = open_image(conversation.messages[0]["content"][0]["image"])
         assert image.tobytes() == Image.open(stored).tobytes()
     questions = {rows[1 + variant * SIZES["train"]].messages[0]["content"][1]["text"] for variant in range(3)}
     assert len(questions) > 1

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import AddedToken, Qwen3VLProcessor
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 import data.sample
-from data.conversation import Conversation, Message
+from data.bad_sample import BadSample
+from data.conversation import Conversation, Document, Message, checked_messages
 from data.dataset import ConversationDataset
 from data.receipts.processor import build_processor
-from data.sample import Outcome, Sample, SampleOptions, build_sample, encode, value_mask
+from data.sample import (
+    EMPTY_ANSWER,
+    LEFT_OUT,
+    OTHER_PREFIX,
+    Outcome,
+    Sample,
+    SampleOptions,
+    build_sample,
+    encode,
+    encode_all,
+    value_mask,
+)
+from data.template import ChatTemplate
 
 VISION_IDS = {
     "image_token_id": 1020,
@@ -78,8 +95,10 @@ def vision(tokens: int) -> list[str]:
     return ["<|vision_start|>", *[IMAGE] * tokens, "<|vision_end|>"]
 
 
-def sample_of(messages: list[Message], processor: Qwen3VLProcessor, options: SampleOptions = OPTIONS) -> Sample:
-    sample, outcome = build_sample(Conversation(messages, "golden/0"), processor, options)
+def sample_of(
+    messages: list[Message], processor: Qwen3VLProcessor, options: SampleOptions = OPTIONS, tools: Any = None
+) -> Sample:
+    sample, outcome = build_sample(Conversation(messages, "golden/0", tools=tools), processor, options)
     assert sample is not None and outcome == Outcome.WHOLE
     return sample
 
@@ -169,10 +188,12 @@ def test_reasoning_that_is_there_is_trained(processor: Qwen3VLProcessor) -> None
     check(
         sample,
         processor,
-        ([*START, *"user\nq", *END, "\n", *START, *"assistant\n"], False),
-        (["<think>", *"\nhm\n", "</think>", *"\n\na", *END], True),
+        ([*START, *"user\nq", *END, "\n", *START, *"assistant\n", "<think>", "\n"], False),  # the prompt's
+        ([*"hm\n", "</think>", *"\n\na", *END], True),
         (["\n"], False),
     )
+    apart = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    assert tokens(sample_of([user("q"), apart], processor), processor) == tokens(sample, processor)
 
 
 def test_special_tokens_typed_in_a_message_stay_text(processor: Qwen3VLProcessor) -> None:
@@ -199,6 +220,214 @@ def test_strict_mask_trains_no_special_token(processor: Qwen3VLProcessor) -> Non
     assert trained == [*"Oak <|im_end|>"]
 
 
+def trained_text(sample: Sample, processor: Qwen3VLProcessor) -> list[str]:
+    """The runs of trained tokens."""
+    runs: list[list[int]] = []
+    before = False
+    for token, is_trained in zip(sample.input_ids.tolist(), sample.trained.tolist(), strict=True):
+        if is_trained:
+            runs = [*runs[:-1], [*runs[-1], token]] if before else [*runs, [token]]
+        before = is_trained
+    return [processor.tokenizer.decode(run) for run in runs]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "<|im_end|>"}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "<|im_start|>assistant", "parameters": {}}}]
+
+
+def test_tools_their_calls_and_their_results(processor: Qwen3VLProcessor) -> None:
+    messages = [
+        user("1 + 2?"),
+        {"role": "assistant", "content": None, "reasoning_content": "I add.", "tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+        {"role": "tool", "content": "<|im_start|>"},
+        assistant("It is 3."),
+    ]
+    described = (
+        '{"type": "function", "function": {"name": "add", "description": "<|im_start|>assistant", "parameters": {}}}'
+    )
+    call = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n<|im_end|>\n</parameter>\n"
+    call += "</function>\n</tool_call>"
+    results = "\n<tool_response>\n3\n</tool_response>\n<tool_response>\n<|im_start|>\n</tool_response>"
+    check(
+        sample_of(messages, processor, SampleOptions(seq_len=2000), TOOLS),
+        processor,
+        ([*START, *f"system\n# Tools\n\n<tools>\n{described}\n</tools>", *END, "\n"], False),
+        ([*START, *"user\n1 + 2?", *END, "\n", *START, *"assistant\n", "<think>", "\n"], False),
+        ([*"I add.\n", "</think>", *f"\n\n{call}", *END], True),
+        (["\n", *START, *f"user{results}", *END, "\n", *START, *"assistant\n", *THINK], False),
+        ([*"It is 3.", *END], True),
+        (["\n"], False),
+    )
+
+
+def test_a_template_without_tools_refuses_them(processor: Qwen3VLProcessor, built: Qwen3VLProcessor) -> None:
+    template = "{% for message in messages %}{{ message.role }}{{ message.content }}{% endfor %}"
+    plain = Qwen3VLProcessor(built.image_processor, processor.tokenizer, built.video_processor, chat_template=template)
+    for messages, tools, said in (
+        ([user("q"), assistant("a")], TOOLS, "it has tools"),
+        ([user("q"), {"role": "assistant", "tool_calls": [CALL]}], None, "key tool_calls"),
+        ([user("q"), {"role": "assistant", "content": "a", "reasoning_content": "r"}], None, "key reasoning_content"),
+        ([user("q"), {"role": "tool", "content": "a"}], None, "role tool"),
+    ):
+        with pytest.raises(BadSample, match=f"x: .*{said}"):
+            build_sample(Conversation(messages, "x", tools=tools), plain, OPTIONS)
+
+
+def test_declared_special_tokens_become_themselves_in_answers_alone(built: Qwen3VLProcessor) -> None:
+    tokenizer = copy.deepcopy(built.tokenizer)
+    tokenizer.add_tokens([AddedToken("<|box_start|>", special=True)])
+    boxes = Qwen3VLProcessor(built.image_processor, tokenizer, built.video_processor, chat_template=built.chat_template)
+    box = tokenizer.convert_tokens_to_ids("<|box_start|>")
+    sample = sample_of([user("where <|box_start|>"), assistant("at <|box_start|>(1,2) <|vision_start|>")], boxes)
+    places = (sample.input_ids == box).nonzero()[:, 0].tolist()
+    assert len(places) == 1 and sample.trained[places[0]]
+    assert "where <|box_start|>" in tokenizer.decode(sample.input_ids[: places[0]])
+    assert boxes.tokenizer.convert_tokens_to_ids("<|vision_start|>") not in sample.input_ids
+    assert trained_text(sample, boxes) == ["at <|box_start|>(1,2) <|vision_start|><|im_end|>"]
+
+
+def test_characters_of_the_private_use_area_stay(processor: Qwen3VLProcessor) -> None:
+    sample = sample_of([user("<\ue000|im_end|>"), assistant("a\ue000<|im_end|>")], processor)
+    assert processor.tokenizer.decode(sample.input_ids).count("<\ue000|im_end|>") == 1
+    assert trained_text(sample, processor) == ["a\ue000<|im_end|><|im_end|>"]
+
+
+def test_a_document_is_trained_whole_but_for_its_images(processor: Qwen3VLProcessor) -> None:
+    document = Document([text("ab "), picture(), text("<|im_end|>c")], "golden/0")
+    sample, outcome = build_sample(document, processor, OPTIONS)
+    assert outcome == Outcome.WHOLE
+    check(
+        sample,
+        processor,
+        ("ab ", True),
+        (vision(4), False),
+        ("<|im_end|>c", True),
+        (["<|endoftext|>"], True),
+    )
+    assert build_sample(Document([picture(), text(" ")], "x"), processor, OPTIONS) == (None, Outcome.EMPTY)
+    assert build_sample(document, processor, SampleOptions(seq_len=10)) == (None, Outcome.TOO_LONG)
+
+
+# What is trained of several answers
+
+
+def variant(built: Qwen3VLProcessor, processor: Qwen3VLProcessor, *changes: tuple[str, str]) -> Qwen3VLProcessor:
+    """The processor with another template."""
+    template = built.chat_template
+    for old, new in changes:
+        assert old in template
+        template = template.replace(old, new)
+    return Qwen3VLProcessor(built.image_processor, processor.tokenizer, built.video_processor, chat_template=template)
+
+
+THOUGHT = {"role": "assistant", "content": "b", "reasoning_content": "r"}
+KEPT_BLOCKS = ("loop.index0 > question.last", "true")
+NO_SPLITTING = ("elif '</think>' in text", "elif false")
+EFFORT = (
+    "{%- for message in messages -%}\n  {%- set text",
+    "{{- '<|im_start|>system\\nxhigh<|im_end|>\\n' -}}\n{%- for message in messages -%}\n  {%- set text",
+)
+TEMPLATES = {"3.5": (), "3.6": (KEPT_BLOCKS,), "3.8": (KEPT_BLOCKS, NO_SPLITTING, EFFORT)}
+
+
+def test_train_on(processor: Qwen3VLProcessor) -> None:
+    messages = [user("q"), THOUGHT, user("r"), assistant("d"), user("s"), assistant("f")]
+    conversation = Conversation(messages, "x")
+    every = encode(conversation, processor, OPTIONS)
+    assert every.notes == {OTHER_PREFIX: 2, LEFT_OUT: 1}
+    assert trained_text(sample_of(messages, processor), processor) == ["b<|im_end|>", "d<|im_end|>", "f<|im_end|>"]
+
+    last = SampleOptions(seq_len=1000, train_on="last")
+    assert trained_text(sample_of(messages, processor, last), processor) == ["f<|im_end|>"]
+    assert encode(conversation, processor, last).notes == {}
+    assert build_sample(conversation, processor, SampleOptions(seq_len=60, train_on="last"))[1] == Outcome.TOO_LONG
+
+    exact = SampleOptions(seq_len=1000, train_on="exact")
+    made = [build_sample(conversation, processor, exact, part)[0] for part in range(3)]
+    assert len(encode_all(conversation, processor, exact)) == 3
+    assert [sample.id for sample in made] == ["x", "x#0", "x#1"]
+    assert [trained_text(sample, processor) for sample in made] == [
+        ["f<|im_end|>"],
+        ["r\n</think>\n\nb<|im_end|>"],
+        ["d<|im_end|>"],
+    ]
+
+
+def test_a_weight_of_zero_untrains_a_turn(processor: Qwen3VLProcessor) -> None:
+    messages = [user("q"), {**assistant("a"), "weight": 0}, user("r"), {**assistant("b"), "weight": 1}]
+    assert trained_text(sample_of(messages, processor), processor) == ["b<|im_end|>"]
+
+
+def test_arguments_of_the_template(built: Qwen3VLProcessor, processor: Qwen3VLProcessor) -> None:
+    change = ("{%- if question.last < 0 -%}", "{{- effort | default('') -}}{%- if question.last < 0 -%}")
+    options = SampleOptions(seq_len=1000, template_arguments='{"effort": "high"}')
+    sample = sample_of([user("q"), assistant("a")], variant(built, processor, change), options)
+    assert tokens(sample, processor)[:4] == [*"high"]
+
+
+HOSTILE = ["<|im_end|>", "<|im_start|>", "<think>", "<|image_pad|>"]
+TEXTS = st.lists(st.sampled_from([*"ab \n<>|é漢\ue000", *HOSTILE]), max_size=6).map("".join)
+
+
+@st.composite
+def chats(draw: Any) -> list[Message]:
+    """Exchanges with reasoning, tool calls, images and hostile texts."""
+    messages: list[Message] = [{"role": "system", "content": draw(TEXTS)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        parts = [text(draw(TEXTS)), *([picture()] if draw(st.booleans()) else [])]
+        messages.append(user(*parts))
+        for _ in range(draw(st.integers(0, 2))):
+            call = {"type": "function", "function": {"name": "f", "arguments": {"x": draw(TEXTS)}}}
+            messages += [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": draw(TEXTS)}]
+        reasoning = {"reasoning_content": "r" + draw(st.text("ab", max_size=3))} if draw(st.booleans()) else {}
+        messages.append(assistant("a" + draw(st.text("ab c", max_size=4))) | reasoning)
+    return messages
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=chats())
+def test_every_exact_answer_follows_inferences_prompt(
+    name: str, messages: list[Message], built: Qwen3VLProcessor, processor: Qwen3VLProcessor
+) -> None:
+    """Against HF's own rendering of what came before, for every answer, each trained once; and an answer of "all" whose
+    prefix isn't said to differ has inference's."""
+    chosen = variant(built, processor, *TEMPLATES[name])
+    conversation = Conversation(messages, "x")
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts: dict[int, list[list[int]]] = {}
+    for index in answers:
+        prompts[index] = []
+        template = ChatTemplate.of(chosen)
+        escaped = template._escape(checked_messages(conversation, template.names), "\uf8ff")
+        for thinking in (True, False):
+            rendered = chosen.apply_chat_template(
+                escaped[:index], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
+            pieces = re.split(r"(<\|\w+\|>)", rendered)
+            prompt: list[int] = []
+            for piece in pieces:
+                plain = piece.replace("\uf8ff", "")
+                if piece == IMAGE:
+                    prompt += [SPECIAL[piece]] * 4
+                elif piece in SPECIAL:
+                    prompt.append(SPECIAL[piece])
+                else:
+                    prompt += chosen.tokenizer(plain, split_special_tokens=True)["input_ids"]
+            prompts[index].append(prompt)
+    found = []
+    for encoded in encode_all(conversation, chosen, SampleOptions(seq_len=5000, train_on="exact")):
+        marks = encoded.trained
+        for place in [i for i, mark in enumerate(marks) if mark and not marks[i - 1]]:
+            found += [index for index in answers if encoded.input_ids[:place] in prompts[index]]
+    assert found and sorted(found) == answers
+    every = encode(conversation, chosen, SampleOptions(seq_len=5000))
+    places = [i for i, mark in enumerate(every.trained) if mark and not every.trained[i - 1]]
+    same = sum(every.input_ids[:place] in prompts[index] for place, index in zip(places, answers, strict=True))
+    assert len(answers) - same == every.notes.get(OTHER_PREFIX, 0)
+
+
 # Against HF
 
 
@@ -207,7 +436,7 @@ def test_strict_mask_trains_no_special_token(processor: Qwen3VLProcessor) -> Non
     [
         [user(picture(130, 97), text(" What is the total? ")), assistant('{"total":"17"}')],
         [user(text("\n\nfirst"), picture(), picture(33, 400), text("  x")), assistant("naïve 漢字\n\n 5")],
-        [{"role": "system", "content": "s"}, user("a"), assistant(""), user(picture()), assistant("c\n")],
+        [{"role": "system", "content": "s"}, user("a"), assistant("b"), user(picture()), assistant("c\n")],
     ],
 )
 def test_ids_and_pixels_are_those_of_hfs_processor(messages: list[Message], built: Qwen3VLProcessor) -> None:
@@ -255,19 +484,39 @@ def test_a_first_exchange_that_is_too_long_drops_the_sample(processor: Qwen3VLPr
 
 def test_nothing_to_train_on_drops_the_sample(processor: Qwen3VLProcessor) -> None:
     assert build_sample(Conversation([user("q")], "x"), processor, OPTIONS) == (None, Outcome.UNTRAINED)
-    strict = SampleOptions(seq_len=100, strict_special_mask=True)
-    empty = Conversation([user("q"), assistant("")], "x")
-    assert build_sample(empty, processor, strict) == (None, Outcome.UNTRAINED)
+    untrained = Conversation([user("q"), {"role": "assistant", "content": "a", "weight": 0}], "x")
+    assert build_sample(untrained, processor, OPTIONS) == (None, Outcome.UNTRAINED)
+
+
+@pytest.mark.parametrize("content", ["", " \n", None, [], [{"type": "text", "text": ""}]])
+def test_an_empty_answer_is_counted_and_trains_nothing(content: Any, processor: Qwen3VLProcessor) -> None:
+    conversation = Conversation([user("q"), assistant(content)], "x")
+    assert build_sample(conversation, processor, OPTIONS) == (None, Outcome.EMPTY)
+    encoded = encode(Conversation([user("q"), assistant(content), user("r"), assistant("a")], "x"), processor, OPTIONS)
+    assert encoded.notes == {EMPTY_ANSWER: 1}
+    assert sum(encoded.trained) == len("a") + 1
 
 
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
-        ([{"role": "tool", "content": "x"}], "role 'tool'"),
-        ([user({"type": "video", "video": "a.mp4"}), assistant("x")], "a part of type 'video'"),
-        ([user({"type": "text"}), assistant("x")], "a part of type 'text'"),
-        ([user(picture(1, 300)), assistant("x")], "image 0 of 1 x 300 pixels: absolute aspect ratio"),
-        ([user(picture(), {"type": "image", "image": "/nowhere.png"})], "image 1: .*nowhere.png"),
+        ([], "messages: \\[\\]; expected a list"),
+        (["q", "a"], "messages\\[0\\]: q; expected an object"),
+        ([{"role": "bot", "content": "x"}], "messages\\[0\\]: role bot"),
+        ([user("q"), {"role": "assistant", "contents": "x"}], "messages\\[1\\]: key contents, which neither"),
+        ([user("q"), {"role": "assistant", "text": "x"}], "messages\\[1\\]: key text, which neither"),
+        ([user("q"), {"role": "assistant", "content": "x", "name": "n"}], "messages\\[1\\]: key name, which neither"),
+        ([user("q"), {"role": "assistant", "content": "x", "weight": 0.5}], "messages\\[1\\]: weight 0.5"),
+        ([{"role": "user"}, assistant("x")], "messages\\[0\\]: a message of role user without content"),
+        ([{"role": "user", "content": 3}, assistant("x")], "messages\\[0\\].content: 3; expected text"),
+        ([{"role": "user", "content": ["q"]}, assistant("x")], "messages\\[0\\].content\\[0\\]: q; expected an object"),
+        ([user({"type": "video", "video": "a.mp4"}), assistant("x")], ".*a part of type video"),
+        ([user({"type": "text"}), assistant("x")], ".*a part of type text"),
+        ([user({**picture(), "detail": "high"}), assistant("x")], ".*a part of type image with keys .'detail'"),
+        ([user("q"), assistant([picture()])], "messages\\[1\\]: an image in an answer"),
+        ([user(picture(1, 300)), assistant("x")], "image 0: 1 x 300 pixels: absolute aspect ratio"),
+        ([user(picture(), {"type": "image", "image": "/nowhere.png"}), assistant("x")], "image 1: .*nowhere.png"),
+        ([user("q"), assistant("a <think> b </think> c </think> d")], ".*the chat template changes the answer's text"),
         ([assistant("x")], "the chat template refuses it: there is no user message"),
     ],
 )
@@ -282,7 +531,7 @@ def test_a_template_that_loses_images_is_refused(processor: Qwen3VLProcessor, bu
     template = "{% for m in messages %}{{ m.content[-1].text }}{% endfor %}"
     blind = Qwen3VLProcessor(built.image_processor, processor.tokenizer, built.video_processor, chat_template=template)
     with pytest.raises(ValueError, match="golden/4: the chat template places 0 images of 1"):
-        build_sample(Conversation([user(picture(), text("q"))], "golden/4"), blind, OPTIONS)
+        build_sample(Conversation([user(picture(), text("q")), assistant("a")], "golden/4"), blind, OPTIONS)
 
 
 def test_features_and_placeholders_are_counted(processor: Qwen3VLProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,5 +631,5 @@ def test_neither_measuring_nor_samples_without_pixels_decode_any(processor: Qwen
     assert encode(conversation, processor, OPTIONS).grids == [(1, 4, 4)]
     dataset = ConversationDataset([conversation], processor, OPTIONS, name="d", source="", cache_dir=None)
     assert dataset.without_pixels()[0].grid_thw.tolist() == [[1, 4, 4]]
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(BadSample, match=r"x: image 0 \(.*cut.png\): OSError: image file is truncated"):
         dataset[0]

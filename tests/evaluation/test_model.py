@@ -112,7 +112,7 @@ def test_special_tokens_in_a_question_stay_text(models: dict[str, HfModel]) -> N
     model = models["tiny"]
     ids = model.question("What is <|image_pad|><|im_end|>?", [], max_new_tokens=8).input_ids
     assert model.processor.image_token_id not in ids
-    assert (ids == model.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 2  # of the two turns
+    assert (ids == model.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 1  # of the question
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_moe"])
@@ -263,9 +263,9 @@ def test_images_that_cannot_be_asked_about(
     Image.new("RGB", (900, 4)).save(thin)
     Image.new("RGB", (1024, 1024)).save(large)
     for file, reason in (
-        (tmp_path / "none.png", "none.png can't be read: .*No such file"),
-        (text, "text.png can't be read: cannot identify image file"),
-        (cut, "cut.png can't be read: "),
+        (tmp_path / "none.png", "none.png: No such file"),
+        (text, "text.png: not an image"),
+        (cut, r"cut.png\): OSError: image file is truncated"),
         (thin, "900 x 4 pixels: .*aspect ratio"),
         (large, "more than the 1000 tokens that 1024 positions leave beside an answer of 24; --max-pixels"),
     ):
