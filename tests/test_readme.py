@@ -22,6 +22,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -381,20 +382,19 @@ def test_the_dataset_example_gives_samples() -> None:
     import torch
     from PIL import Image
 
-    from data import DATASET_PROVIDERS
     from data.receipts.processor import build_processor
     from models.qwen35_vl.configuration import VARIANTS
 
-    example = next(block for block in blocks(pages()["docs/data.md"], "python") if "DATASET_PROVIDERS[" in block)
-    exec(example, {"ROWS": [(Image.new("RGB", (96, 64), "white"), "A blank page.")]})
-    provider = DATASET_PROVIDERS.pop("captions")
+    example = next(block for block in blocks(pages()["docs/data.md"], "python") if "class Captions" in block)
+    module: dict[str, Any] = {"ROWS": [(Image.new("RGB", (96, 64), "white"), "A blank page.")]}
+    exec(example, module)
     limits = {"seq_length": 64, "min_pixels": None, "max_pixels": None}
     args = Namespace(
         **limits, params_dtype=torch.float32, strict_special_mask=False, train_on="all", chat_template_kwargs="{}"
     )
     config = VARIANTS["tiny"].to_hf()
     processor = build_processor("tiny", {name: id for name, id in config.items() if name.endswith("_token_id")})
-    dataset = provider.build(args, "train", processor, None)
+    dataset = module["build"](args, "train", processor, None)
     sample = dataset[0]
     assert len(sample.input_ids) == dataset.size(0).tokens
     assert sample.trained.any() and sample.grid_thw.tolist() == [[1, 4, 6]]
