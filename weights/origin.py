@@ -205,11 +205,11 @@ def _write_processor(folder: Path, processor: RunProcessor | None, source: Path 
 
 def _write_generation(path: Path, settings: Mapping[str, Any]) -> None:
     """generation_config.json as it is where it ends answers as the run was trained to; else completed."""
-    old = read_object(path) if path.exists() else {}
+    old = {name: value for name, value in read_object(path).items() if value is not None} if path.exists() else {}
     stops = old.get("eos_token_id")
     stops = [stops] if isinstance(stops, int) else list(stops or ())
     missing = [token for token in settings["eos_token_id"][:1] if token not in stops]
-    if old and not missing and old.get("pad_token_id") is not None:
+    if not missing and "pad_token_id" in old:
         return
     new = {**settings, **old, "eos_token_id": [*missing, *stops] if stops else settings["eos_token_id"]}
     write_text(path, json.dumps(new, indent=2) + "\n")

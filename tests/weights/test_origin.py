@@ -74,6 +74,7 @@ def test_a_named_processor_s_files_come_as_they_are(tmp_path: Path) -> None:
         ({"eos_token_id": [1016, 1014], "pad_token_id": 1014, "top_k": 20}, [1016, 1014]),
         ({"eos_token_id": 1014, "pad_token_id": 1014, "top_k": 20}, [1016, 1014]),  # a base model's
         ({"top_k": 20}, [1016, 1014]),
+        ({"eos_token_id": [1016, 1014], "pad_token_id": None, "top_k": 20}, [1016, 1014]),
     ],
 )
 def test_generation_settings_are_completed(built: RunProcessor, old: dict, stops: list[int], tmp_path: Path) -> None:
@@ -84,4 +85,4 @@ def test_generation_settings_are_completed(built: RunProcessor, old: dict, stops
     found = settings_of(tmp_path / "out")
     assert found == {**old, "eos_token_id": stops, "pad_token_id": 1014}
     same_bytes = small_files(tmp_path / "out")["generation_config.json"] == json.dumps(old).encode()
-    assert same_bytes == (old.get("eos_token_id") == stops)
+    assert same_bytes == (old.get("eos_token_id") == stops and old["pad_token_id"] == 1014)
