@@ -126,4 +126,5 @@ def test_a_save_that_takes_longer_than_torchrun_waits(tmp_path: Path) -> None:
     log = (tmp_path / "log").read_text()
     assert code == 0 and seconds > 40, log[-4000:]
     assert checkpoints.read_tracker(tmp_path / "checkpoints") == max(lines(log))
-    assert checkpoints.problem(tmp_path / "checkpoints", None, "torch_dist") is None
+    saved = tmp_path / "checkpoints"
+    assert checkpoints.problem(saved, checkpoints.choose(saved, None, "torch_dist"), "torch_dist") is None

@@ -118,7 +118,7 @@ def _read(folder: Path) -> None:
         ValueError: what was refused.
         AssertionError: other values than were written.
     """
-    if problem := checkpoints.problem(folder, None, "torch_dist"):
+    if problem := checkpoints.problem(folder, checkpoints.choose(folder, None, "torch_dist"), "torch_dist"):
         raise ValueError(problem)
     checkpoint = folder / "iter_0000004"
     tensors = CheckpointTensors(checkpoint)
