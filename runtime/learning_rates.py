@@ -57,6 +57,11 @@ class LearningRates:
         overrides = {}
         for factor, known in self._parameters.items():
             predicate = ParamPredicate(f"lr_mult_{factor}", lambda parameter, known=known: id(parameter) in known)
-            rates = {"max_lr": factor * config.lr, "min_lr": factor * (config.min_lr or 0.0)}
+            # A checkpoint's groups are found again by lr_mult, which megatron-core itself leaves alone.
+            rates = {
+                "max_lr": factor * config.lr,
+                "min_lr": factor * (config.min_lr or 0.0),
+                "lr_mult": factor,
+            }
             overrides[ParamKey(predicate=predicate)] = rates
         return overrides

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.adapters import A, AdapterMap, B, LoraOptions, peft_targets, stacked_tensors
+from models.json_files import JsonError, read_object
 from weights.folder import FolderError, new_folder, read_header
 
 if TYPE_CHECKING:
@@ -65,12 +66,14 @@ class AdapterFolder:
         path = Path(path).expanduser()
         if not path.is_dir():
             raise FolderError(path, ["no such folder"])
+        if not (path / CONFIG).is_file():
+            raise FolderError(path, [f"it has no {CONFIG}; give a peft adapter's folder"])
         try:
-            config = json.loads((path / CONFIG).read_text())
+            config = read_object(path / CONFIG)
             rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        except FileNotFoundError:
-            raise FolderError(path, [f"it has no {CONFIG}; give a peft adapter's folder"]) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except JsonError as error:
+            raise FolderError(path, [f"{CONFIG}: {error.reason}"]) from error
+        except (ValueError, KeyError, TypeError) as error:
             raise FolderError(path, [f"{CONFIG} can't be read: {error!r}"]) from error
         if not (path / MODEL).is_file():
             raise FolderError(path, [f"it has no {MODEL}; pickled adapters aren't read"])

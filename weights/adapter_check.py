@@ -9,6 +9,7 @@ from typing import Any
 
 from models import ModelConfig, ModelSpec
 from models.adapters import AdapterMap, lora_of_args
+from models.json_files import JsonError, read_object
 from models.trained import frozen_names, rate_factors
 from runtime import checkpoints
 from weights.adapter import AdapterFolder
@@ -50,7 +51,11 @@ def tuning_refusals(
         config: the run's model.
         start: which checkpoint `--load` means.
     """
-    return [*_freezing(args, spec, config), *_lora(args, given, spec, config, start)]
+    return [
+        *_freezing(args, spec, config),
+        *_frozen_otherwise(args, spec, config, start),
+        *_lora(args, given, spec, config, start),
+    ]
 
 
 def _freezing(args: Namespace, spec: ModelSpec[Any], config: ModelConfig) -> list[str]:
@@ -73,6 +78,28 @@ def _freezing(args: Namespace, spec: ModelSpec[Any], config: ModelConfig) -> lis
     except ValueError as error:
         return [f"{flag} {error}"]
     return []
+
+
+def _frozen_otherwise(
+    args: Namespace, spec: ModelSpec[Any], config: ModelConfig, start: checkpoints.Start
+) -> list[str]:
+    """Refusal of resuming with other frozen parts: the checkpoint's optimizer has states for what it trained."""
+    if start.folder is None or args.finetune or args.no_load_optim or args.lora_rank is not None:
+        return []
+    record = Path(args.load) / "arguments.json"
+    if spec.hf_weights is None or not record.is_file():
+        return []
+    mapping, groups = spec.hf_weights.mapping(config, ()), spec.hf_weights.groups
+    try:
+        saved = read_object(record).get("arguments", {}).get("freeze") or []
+        if frozen_names(mapping, groups, saved) == frozen_names(mapping, groups, args.freeze or ()):
+            return []
+    except (JsonError, ValueError):
+        return []  # the flags' own refusal says it, or the record is another program's
+    return [
+        f"--load {args.load}: its run had {'--freeze ' + ' '.join(saved) if saved else 'no --freeze'}, and its "
+        "optimizer has states for what that trained; give the same, or --finetune to start from its weights (CKPT_LOAD)"
+    ]
 
 
 def _lora(

@@ -76,7 +76,7 @@ def record_base(
             spec,
             config,
             record,
-            lambda new: write_hf_folder(new, config.to_hf(), None, HfOrigin(), with_record=False),
+            lambda new: write_hf_folder(new, config.to_hf(), None, HfOrigin(record=record), with_record=False),
         )
         exporter.chunks = chunks
         save_hf(exporter, Path(args.save) / OWN_BASE, merge=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.adapters import AdapterMap
+from models.json_files import JsonError, read_object
 from weights.folder import FolderError, HfFolder
 
 RECORD = "adapter.json"
@@ -53,8 +54,8 @@ class BaseRecord:
         if not file.is_file():
             return None
         try:
-            return cls(**json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            return cls(**read_object(file))
+        except (JsonError, TypeError) as error:
             raise FolderError(checkpoints, [f"{RECORD} can't be read: {error!r}"]) from error
 
     def write(self, checkpoints: Path) -> None:

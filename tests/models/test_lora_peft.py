@@ -121,7 +121,7 @@ def test_merged_equals_unmerged(case, tmp_path: Path) -> None:
         command_line.spec,
         command_line.config,
         record,
-        lambda new: write_hf_folder(new, architecture.to_hf(), None, HfOrigin(), with_record=False),
+        lambda new: write_hf_folder(new, architecture.to_hf(), None, HfOrigin(record=record), with_record=False),
     )
     exporter.chunks = [model]
     save_hf(exporter, tmp_path / "merged")

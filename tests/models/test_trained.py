@@ -112,6 +112,7 @@ def test_rates_are_multiplied_and_weight_decay_stays_off_norms(single_rank: None
             seen.add(name)
             factor = 4 if ".merger." in name else 0.5 if name.startswith("vision") else 1
             assert (group["max_lr"], group["min_lr"]) == pytest.approx((factor * 1e-3, factor * 1e-4)), name
+            assert group["lr_mult"] == factor, name
             assert group["wd_mult"] == (0.0 if parameter.dim() == 1 else 1.0), name
     assert seen == weight_map(DENSE).sources.keys() - frozen_names(weight_map(DENSE), GROUPS, ["language"])
 
@@ -185,6 +186,27 @@ def test_an_architecture_without_a_table_refuses() -> None:
     from weights.adapter_check import tuning_refusals
 
     spec = replace(MODEL_REGISTRY["qwen35_vl"], hf_weights=None)
-    args = Namespace(freeze=["vision"], lr_mult=None, model_arch="yours", lora_rank=None, load=None)
+    args = Namespace(freeze=["vision"], lr_mult=None, model_arch="yours", lora_rank=None, load=None, finetune=False)
     found = tuning_refusals(args, {"freeze": ["vision"]}, spec, DENSE, Start())
     assert found == ["--freeze: yours has no table of HuggingFace weights"]
+
+
+def test_resuming_with_other_frozen_parts_is_refused(tmp_path: Path) -> None:
+    import json
+
+    from runtime.checkpoints import Start
+    from weights.adapter_check import tuning_refusals
+
+    spec = MODEL_REGISTRY["qwen35_vl"]
+    (tmp_path / "arguments.json").write_text(json.dumps({"arguments": {"freeze": ["vision"]}}))
+    start = Start(folder=tmp_path / "iter_0000002", step=2)
+
+    def refusals(freeze: list[str] | None, *, finetune: bool = False) -> list[str]:
+        args = Namespace(freeze=freeze, lr_mult=None, lora_rank=None, decoupled_lr=None, load=str(tmp_path))
+        vars(args).update(finetune=finetune, no_load_optim=None)
+        return tuning_refusals(args, {}, spec, DENSE, start)
+
+    assert refusals(["vision"]) == refusals(["^model.visual.(?!merger.)"]) == []
+    assert refusals(None, finetune=True) == []
+    (problem,) = refusals(["vision", "projector"])
+    assert "its run had --freeze vision" in problem and "--finetune" in problem
