@@ -27,6 +27,7 @@ from runtime import checkpoints, launch_environment
 from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags, dest_of
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
+from weights.adapter_check import implied_by_adapter, tuning_refusals
 from weights.check import DESCRIPTION, HfSource, described, is_hub_name, local_folder
 from weights.folder import FolderError, has_processor, read_config, tensor_names
 from weights.refusals import checkpoint_refusals, flag_refusals, open_source
@@ -65,6 +66,7 @@ def add_multimodal_args(parser: ArgumentParser) -> ArgumentParser:
     _add_data_args(parser)
     _add_checkpoint_args(parser)
     _add_hf_args(parser)
+    _add_tuning_args(parser)
     return parser
 
 
@@ -81,6 +83,12 @@ def _add_checkpoint_args(parser: ArgumentParser) -> None:
         "--overwrite-checkpoints",
         action="store_true",
         help="Delete an older run's checkpoints in --save when this run starts; without it, they are a refusal",
+    )
+    parser.add_argument_group("faults").add_argument(
+        "--dump-bad-batch",
+        default=None,
+        metavar="DIR",
+        help="Save the batch whose gradients have NaN or infinity in DIR; keeps a step's batches on the device",
     )
 
 
@@ -225,6 +233,49 @@ def _add_hf_args(parser: ArgumentParser) -> None:
     )
 
 
+def _add_tuning_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("what is trained")
+    group.add_argument(
+        "--freeze",
+        nargs="+",
+        default=None,
+        metavar="GROUP",
+        help="Don't train these: vision, projector, language, embeddings, or a regular expression that is searched for "
+        "in HuggingFace's tensor names",
+    )
+    group.add_argument(
+        "--lr-mult",
+        nargs="+",
+        default=None,
+        metavar="GROUP=FACTOR",
+        help="Multiply --lr and --min-lr for these, named as for --freeze: vision=0.1",
+    )
+    group.add_argument(
+        "--lora-rank", type=int, default=None, metavar="R", help="Train LoRA adapters of this rank alone"
+    )
+    group.add_argument("--lora-alpha", type=float, default=None, help="Scale is alpha / rank; default: the rank")
+    group.add_argument("--lora-dropout", type=float, default=0.0, help="Share of an adapter's input that is dropped")
+    group.add_argument(
+        "--lora-targets",
+        nargs="+",
+        default=["all-linear"],
+        metavar="MODULE",
+        help="HuggingFace's linear modules, by name or the end of one (q_proj), or mtp; default: all-linear, every "
+        "linear module of the decoder but the output layer and MTP",
+    )
+    group.add_argument("--lora-vision", action="store_true", help="Adapt the ViT's and the merger's linears too")
+    group.add_argument("--lora-rslora", action="store_true", help="Scale is alpha / sqrt(rank)")
+    group.add_argument(
+        "--lora-experts", action="store_true", help="Adapt the routed experts too, as peft's target_parameters"
+    )
+    group.add_argument(
+        "--load-adapter", default=None, metavar="DIR", help="Start from this peft adapter, with its own options"
+    )
+    group.add_argument(
+        "--save-adapter", default=None, metavar="DIR", help="Write the adapter in peft's format when training ends"
+    )
+
+
 @dataclass(frozen=True)
 class CommandLine:
     """A command line that passed the preflight, and what the preflight found out, for the steps behind it.
@@ -301,6 +352,11 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
         Refused: it can't run.
     """
     given = _read(argv)
+    try:
+        argv = [*implied_by_adapter(given), *argv]
+    except FolderError as error:
+        raise Refused([str(error)]) from error
+    given = _read(argv)
     weights_are_here = with_weights or "load_hf" not in given or not is_hub_name(given["load_hf"])
     implied = _implied_by_hf_folder(given, with_weights)
     spec, base, chosen = _architecture({**implied, **given})
@@ -334,6 +390,7 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
         *processor_refusals(args, config.to_hf() if provider.needs_processor else None),
         *flag_refusals(args, spec),
         *checkpoint_refusals(args, spec, config, start),
+        *tuning_refusals(args, given, spec, config, start),
     ]
     source = None
     if args.load_hf is not None and spec.hf_weights is not None:
@@ -378,7 +435,8 @@ def machine_flags(args: Namespace, machine: Machine) -> list[str]:
     if not (machine.gpus and machine.fused_weight_gradients):
         flags.append("--no-gradient-accumulation-fusion")
     if args.num_experts and machine.gpus and impl == "transformer_engine":
-        flags.append("--moe-grouped-gemm")
+        if not args.lora_experts:  # adapters stand beside single experts
+            flags.append("--moe-grouped-gemm")
         if not args.no_moe_fusion:
             flags += ["--moe-permute-fusion", "--moe-router-fusion"]
     if args.async_save:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_timers
+from megatron.training import get_args, get_timers
 from torch import Tensor, nn
 
 from data.batch import Batch, BatchStats, partition_batch, tensors_of, with_tensors
+from data.step_record import MicroBatch, StepRecord
 from data.throughput import Throughput
 from models.common.packed import PackedDocuments
 from runtime.cuda_graphs import GraphedFunction
@@ -25,14 +28,16 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 class ForwardStep:
-    """What Megatron's schedules call for every micro-batch; holds the run's throughput clock."""
+    """What Megatron's schedules call for every micro-batch; holds the run's throughput clock.
 
-    def __init__(self, *, cuda_graphs: bool = False) -> None:
-        """
-        Args:
-            cuda_graphs: run training micro-batches as CUDA graphs, one for each of their shapes.
-        """
+    Args:
+        bad_batches: `--dump-bad-batch`: where the batch of a step that goes wrong is saved.
+        cuda_graphs: run training micro-batches as CUDA graphs, one for each of their shapes.
+    """
+
+    def __init__(self, bad_batches: Path | None = None, *, cuda_graphs: bool = False) -> None:
         self._throughput: Throughput | None = None
+        self._record = StepRecord(bad_batches)
         self._graphs = MicroBatchGraphs() if cuda_graphs else None
 
     def __call__(self, data_iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, LossFunction]:
@@ -49,6 +54,7 @@ class ForwardStep:
         stage = get_attr_wrapped_model(model, "vision_model", return_model_obj=True)
         timers("batch-generator", log_level=2).start()
         batch = next(data_iterator)
+        entry = self._record.add(get_args().curr_iteration + 1, batch) if model.training else None
         batch = partition_batch(batch, mpu.get_context_parallel_group())
         timers("batch-generator").stop()
         # Read by the MoE routers, whose auxiliary losses then don't depend on the share of trained tokens.
@@ -59,7 +65,17 @@ class ForwardStep:
         else:
             output = model(**model_inputs(batch))
         report = self._rates(batch.stats, training=model.training) if stage.post_process else {}
-        return output, partial(masked_loss, loss_mask=batch.loss_mask, rates=report)
+        return output, partial(masked_loss, loss_mask=batch.loss_mask, rates=report, record=entry)
+
+    @contextmanager
+    def failure_explained(self) -> Iterator[None]:
+        """Add to Megatron's error about NaN or infinity (`RerunStateMachine.validate_result`) which samples made it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "Unexpected result" in str(error):
+                error.add_note(self._record.explain(torch.distributed.get_rank()))
+            raise
 
     def _rates(self, stats: BatchStats, *, training: bool) -> dict[str, tuple[float, float]]:
         if self._throughput is None:
@@ -150,7 +166,11 @@ def packed_seq_params(batch: Batch) -> PackedDocuments | None:
 
 
 def masked_loss(
-    losses: Tensor, *, loss_mask: Tensor, rates: dict[str, tuple[float, float]]
+    losses: Tensor,
+    *,
+    loss_mask: Tensor,
+    rates: dict[str, tuple[float, float]],
+    record: MicroBatch | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the trained tokens' losses, their number, and what the log prints.
 
@@ -161,12 +181,15 @@ def masked_loss(
         losses: [B, S] per token, this CP rank's.
         loss_mask: [B, S] float32.
         rates: (amount, divisor) pairs for the log.
+        record: takes note of the loss.
 
     Returns:
         Sum (float32 scalar), count (int32 scalar), report of [sum, count] pairs.
     """
     total = (losses.float() * loss_mask).sum()
     count = loss_mask.sum()
+    if record is not None:
+        record.loss = total.detach()
     report = {"lm loss": torch.stack([total.detach(), count])}
     if rates:
         # One copy to the device for all figures; pinned, so that the host doesn't wait for it.

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import arguments
 from models import ModelConfig, ModelSpec
+from models.adapters import adapters_of_args, trained_of_args
+from models.trained import freeze, frozen_names
 from runtime import lifetime, prepare, quiet_libraries
 
 if TYPE_CHECKING:
@@ -55,7 +57,26 @@ def model_provider(
         vp_stage=vp_stage,
         pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
     )
-    return build_on_meta(build) if args.init_model_with_meta_device else build()
+    model = build_on_meta(build) if args.init_model_with_meta_device else build()
+    choose_trained(spec, architecture, args, model)
+    return model
+
+
+def choose_trained(spec: ModelSpec[Any], config: ModelConfig, args: Namespace, model: MultimodalModel) -> None:
+    """`--freeze`, or LoRA's adapters beside a frozen model; before Megatron wraps it."""
+    if args.freeze is None and args.lora_rank is None:
+        return
+    weights = spec.table
+    if args.freeze:
+        frozen = frozen_names(weights.mapping(config, ()), weights.groups, args.freeze)
+        freeze(weights.parameters(config, model), frozen)
+    if (adapters := adapters_of_args(args, spec, config)) is not None:
+        from models.common.lora import attach
+
+        canonical = (name for name, _ in weights.parameters(config, model))
+        names = [name for name, _ in model.named_parameters()]
+        attach(model, adapters, dict(zip(names, canonical, strict=True)))
+        model.adapters_only = True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,8 +101,11 @@ def main(argv: list[str] | None = None) -> None:
     from data.processor import generation_settings
     from forward_step import ForwardStep
     from runtime import checkpoints, output_folder, preemption
+    from runtime.learning_rates import LearningRates
     from runtime.model_builder import ProvidedModelConfig
+    from runtime.not_finite import no_silent_end
     from runtime.outputs import draw_losses, write_arguments
+    from weights.adapter_job import load_adapter, record_base, save_adapter
     from weights.job import HfExporter, load_hf
     from weights.origin import HfOrigin, RunProcessor, write_hf_folder
 
@@ -103,7 +127,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     model = ProvidedModelConfig(
         provider=partial(model_provider, spec, config, args),
-        post_wrap_hooks=[partial(load_hf, args, spec, config, source), exporter.attach],
+        post_wrap_hooks=[
+            partial(load_hf, args, spec, config, source),
+            partial(load_adapter, args, spec, config),
+            partial(record_base, args, spec, config, source),
+            exporter.attach,
+            LearningRates(args, spec, config).attach,
+        ],
     )
 
     if args.rank == 0 and args.load:
@@ -111,22 +141,28 @@ def main(argv: list[str] | None = None) -> None:
 
     # Plain python, without torchrun's rendezvous: one rank needs no port.
     store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
+    bad_batches = None if args.dump_bad_batch is None else Path(args.dump_bad_batch)
+    forward_step = ForwardStep(bad_batches, cuda_graphs=args.cuda_graphs)
 
     @record  # torchrun's last words are then the traceback of the rank that failed first
+    @no_silent_end(exporter.chunks)
+    @forward_step.failure_explained()
     @checkpoints.schedule_explained()
     def train() -> bool:
         """Whether training went to its end; None from `record` when it was left early, with exit code 0."""
         pretrain(
             pretrain_cfg_container_from_args(args, model),
-            dataset_provider(args, spec.model_inputs(config), processor),
+            dataset_provider(args, spec.model_inputs(config, trained_of_args(args, spec, config)), processor),
             ModelType.encoder_or_decoder,
-            ForwardStep(cuda_graphs=args.cuda_graphs),
+            forward_step,
             store=store,
         )
         return True
 
     if train():
         exporter.finish()
+        if args.save_adapter is not None:
+            save_adapter(exporter)
     torch.distributed.destroy_process_group()
     if args.rank == 0 and args.tensorboard_dir:
         draw_losses(Path(args.tensorboard_dir), Path(args.tensorboard_dir).parent / "loss.png")

@@ -38,7 +38,7 @@ class BatchStats:
     tokens and padding_tokens add up to the tokens that the model processes; flops are forward and backward.
     mean_trained_tokens is trained_tokens averaged over the step's micro-batches and data ranks: what the MoE routers'
     auxiliary losses weigh against. busiest_patches and mean_patches are of the patches that the vision encoder runs on
-    in each context-parallel rank.
+    in each context-parallel rank. samples are names, for messages.
     """
 
     documents: int
@@ -51,6 +51,7 @@ class BatchStats:
     busiest_patches: int
     mean_patches: float
     flops: float
+    samples: list[str]
 
 
 @dataclass
@@ -186,6 +187,7 @@ def collate(
             busiest_patches=max(images.encoded_patches),
             mean_patches=sum(images.encoded_patches) / vision_ranks,
             flops=model_inputs.flops(BatchShape(tuple(padded), grid_thw, trained)),
+            samples=[sample.id for sample in samples],
         ),
     )
 

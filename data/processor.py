@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
 
+from data.bounded import template_problem
 from data.processor_files import TURN_END, ProcessorFacts, contradicts, no_token
 from data.receipts.processor import processor_for
 from data.sample import image_token
@@ -52,6 +53,8 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
         raise ValueError(f"{flag} {path}: {error}") from error
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
         raise ValueError(f"{flag} {path}: it has no image processor; give a vision-language model's")
+    if problem := template_problem(processor):
+        raise ValueError(f"{flag} {path}: {problem}")
     tokenizer = processor.tokenizer
     if (token := facts_of(processor).missing_token()) is not None:
         raise ValueError(f"{flag} {path}: {no_token(token)}")

@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from data.bounded import longest_text, render
 from data.conversation import Conversation, Message
 from data.images import PixelLimits, open_image, patch_dim, patch_grid, process_images
 from data.processor_files import TURN_END, TURN_START
@@ -181,9 +182,11 @@ def encode(conversation: Conversation, processor: ProcessorMixin, options: Sampl
             except ValueError as error:
                 size = f"{image.width} x {image.height} pixels"
                 raise ValueError(f"{conversation.id}: image {number} of {size}: {error}") from error
-        input_ids, trained = _tokenise(messages[:kept], [prod(grid) for grid in grids], processor, conversation.id)
-        if len(input_ids) > options.seq_len:
+        patches = [prod(grid) for grid in grids]
+        tokens = _tokenise(messages[:kept], patches, processor, conversation.id, options.seq_len)
+        if tokens is None or len(tokens[0]) > options.seq_len:
             continue
+        input_ids, trained = tokens
         if options.strict_special_mask:
             never = _never_trained(processor)
             trained = [t and token not in never for t, token in zip(trained, input_ids, strict=True)]
@@ -283,14 +286,15 @@ def message_text(message: Message) -> str:
 
 
 def _tokenise(
-    messages: list[Message], patches: list[int], processor: ProcessorMixin, sample_id: str
-) -> tuple[list[int], list[bool]]:
-    """Token ids with expanded placeholders, and which of them are trained."""
+    messages: list[Message], patches: list[int], processor: ProcessorMixin, sample_id: str, longest: int
+) -> tuple[list[int], list[bool]] | None:
+    """Token ids with expanded placeholders, and which of them are trained; None: by its length alone, the text can't be
+    as few as `longest` tokens."""
     tokenizer, placeholder = processor.tokenizer, image_token(processor)[0]
     special = _special_ids(processor)
     pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
     try:
-        rendered = processor.apply_chat_template(_escape(messages, pattern), tokenize=False)
+        rendered = render(processor, _escape(messages, pattern))
     except TemplateError as error:
         raise ValueError(f"{sample_id}: the chat template refuses it: {error}") from error
     pieces = [piece for piece in re.split(f"({pattern})", rendered) if piece]
@@ -298,6 +302,8 @@ def _tokenise(
         raise ValueError(f"{sample_id}: the chat template places {found} images of {len(patches)}")
 
     texts = [_unescape(piece, special) for piece in pieces if piece not in special]
+    if sum(map(len, texts)) > longest_text(tokenizer, longest):
+        return None
     encodings = tokenizer(
         texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )

@@ -25,9 +25,13 @@ from data.conversation import Conversation, Message
 from data.images import open_image
 from data.processor import facts_of, read_processor, stop_ids
 from data.sample import Sample, SampleOptions, build_sample, image_token
+from models.adapters import recorded_map
+from models.spec import HfWeights, ModelConfig
 from runtime.checkpoints import TRACKER
+from weights.adapter import AdapterFolder
+from weights.adapter_export import export
+from weights.base import BaseRecord
 from weights.check import check_folder, model_of
-from weights.checkpoint import export_checkpoint
 from weights.folder import FolderError, HfFolder, read_config
 
 if TYPE_CHECKING:
@@ -60,7 +64,7 @@ def without_gpu_kernels() -> Iterator[None]:
 
 @contextlib.contextmanager
 def weights_folder(load: Path) -> Iterator[Path]:
-    """The HuggingFace folder that `--load` means: itself, or what a checkpoint is exported to for the while.
+    """The HuggingFace folder that `--load` means: itself, or what a checkpoint is exported to for the while, merged.
 
     Raises:
         ValueError: neither a HuggingFace folder nor a checkpoint, or one that can't be exported.
@@ -72,7 +76,8 @@ def weights_folder(load: Path) -> Iterator[Path]:
         yield load
     elif (load / TRACKER).is_file() or (load / ".metadata").is_file():
         with tempfile.TemporaryDirectory(prefix="exported-") as folder:
-            yield export_checkpoint(load, Path(folder) / "hf")
+            root = load.parent if (load / ".metadata").is_file() else load
+            yield export(load, Path(folder) / "hf", merge=BaseRecord.read(root) is not None)
     else:
         inside = load / "checkpoints"
         hint = f"; did you mean {inside}?" if (inside / TRACKER).is_file() else ""
@@ -101,12 +106,15 @@ class HfModel:
     inputs: ModelInputs
 
     @classmethod
-    def load(cls, folder: Path) -> HfModel:
+    def load(cls, folder: Path, adapter: Path | None = None) -> HfModel:
         """Read a HuggingFace folder: on the GPU in the dtype it is stored in, on a CPU in float32.
+
+        Args:
+            adapter: a LoRA adapter's folder, which peft puts on the model.
 
         Raises:
             ValueError: an architecture that isn't ours, no processor or one of another model, weights that are
-                missing, misshapen or damaged.
+                missing, misshapen or damaged; an adapter that doesn't fit, or needs peft where that is missing.
         """
         import transformers
 
@@ -142,6 +150,8 @@ class HfModel:
         if missing := sorted(found["missing_keys"]):
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"--load {folder}: {len(missing)} weights are missing: {listed}")
+        if adapter is not None:
+            model = _with_adapter(model, adapter, spec.table, architecture)
         return cls(model.to("cuda" if has_gpu else "cpu").eval(), processor, spec.model_inputs(architecture))
 
     def question(
@@ -238,6 +248,24 @@ class HfModel:
             name: tensor.to(self.model.device, dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
         }
+
+
+def _with_adapter(
+    model: PreTrainedModel, folder: Path, weights: HfWeights[Any], config: ModelConfig
+) -> PreTrainedModel:
+    """The model with a LoRA adapter in its weights, which peft puts there.
+
+    peft leaves out what it doesn't know without a word, so the adapter's tensors are compared with the model first.
+    """
+    adapter = AdapterFolder.open(folder)
+    whole = weights.mapping(config, ())
+    modules = [*adapter.modules, *adapter.stacked(whole.tensors)]
+    adapter.check(recorded_map(whole, weights.linears(whole), modules, adapter.options))
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError("--adapter: peft isn't installed; pip install peft") from error
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def _pad(rows: list[Tensor], value: int) -> Tensor:

@@ -6,8 +6,12 @@ V vision features (P / merge_size^2), R rows that each rank's features are padde
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from models.common.moe import share_step
+from models.trained import is_adapter, trains
 
 
 def merge_features(text: Tensor, features: Tensor, vision_index: Tensor) -> Tensor:
@@ -85,8 +90,11 @@ class MultimodalModel(MegatronModule):
         self.vision_model = vision_model
         self.language_model = language_model
         self.pg_collection = pg_collection
+        self._decoder_trains = trains(language_model.decoder)
         # Written by the forward step, read by the MoE routers.
         self.step = share_step(self)
+        # LoRA: a checkpoint holds the adapters, and the base comes from its own folder.
+        self.adapters_only = False
         # Read by Megatron's schedules, checkpointing and gradient finalisation through the wrapper.
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
@@ -97,6 +105,30 @@ class MultimodalModel(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied weight, whose gradients Megatron adds up over the first and the last stage."""
         return self.language_model.shared_embedding_or_output_weight()
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """What a `torch_dist` checkpoint holds of this stage."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: value for key, value in state.items() if not self.adapters_only or is_adapter(key)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module does; with `adapters_only`, of the adapters alone.
+
+        Raises:
+            RuntimeError: strict, and an adapter is missing, or there is something else.
+        """
+        if not self.adapters_only:
+            return super().load_state_dict(state_dict, strict, assign)
+        found = super().load_state_dict(state_dict, False, assign)
+        missing = [key for key in found.missing_keys if is_adapter(key)]
+        if strict and (missing or found.unexpected_keys):
+            raise RuntimeError(f"the checkpoint lacks {missing[:3]} and has {found.unexpected_keys[:3]} too many")
+        return found
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Hand the previous stage's hidden states to the decoder."""
@@ -173,4 +205,6 @@ class MultimodalModel(MegatronModule):
         merged = merge_features(text, features, vision_index)
         if self.config.sequence_parallel:
             merged = scatter_to_sequence_parallel_region(merged, group=self.pg_collection.tp)
+        if self.config.recompute_granularity is not None and not merged.requires_grad and self._decoder_trains():
+            merged.requires_grad_(True)  # recomputation differentiates only through inputs that ask for it
         return merged

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from models.trained import EVERYTHING, Trained
+
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
@@ -126,6 +128,10 @@ class BuildModel[C: ModelConfig](Protocol):
     ) -> MultimodalModel: ...
 
 
+class BuildInputs[C: ModelConfig](Protocol):
+    def __call__(self, config: C, trained: Trained = EVERYTHING) -> ModelInputs: ...
+
+
 @dataclass(frozen=True)
 class HfWeights[C: ModelConfig]:
     """An architecture's weights in HuggingFace folders and in checkpoints.
@@ -139,6 +145,8 @@ class HfWeights[C: ModelConfig]:
     fsdp_checkpoint_slices: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
     dtype: a tensor's name -> its dtype in released folders, as safetensors spells it.
     is_wide: a tensor's name -> whether a 16-bit run holds it in float32.
+    linears: a table -> canonical names of the weights that HuggingFace has as linear modules.
+    groups: name of a part of the model, for `--freeze` and `--lr-mult` -> regular expression that finds its tensors.
     """
 
     model_types: tuple[str, ...]
@@ -150,6 +158,8 @@ class HfWeights[C: ModelConfig]:
     fsdp_checkpoint_slices: Callable[[C, WeightMap], Mapping[str, list[tuple[CheckpointSlice, ...]]]]
     dtype: Callable[[str], str]
     is_wide: Callable[[str], bool]
+    linears: Callable[[WeightMap], list[str]]
+    groups: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ class ModelSpec[C: ModelConfig]:
     check_layout: the flags of a complete command line and the model -> refusals, each naming the flag and the fix.
     check_kernels: raises on a rank whose kernels compute wrongly; called on its device, before a stage is built.
     build_model: builds one pipeline stage. It may change `language_config` where no Megatron flag says what it needs.
-    model_inputs: what the loader's workers compute for this model, FLOPs included.
+    model_inputs: what the loader's workers compute for this model, FLOPs of what is trained included.
     hf_weights: HuggingFace weights in and out; None refuses `--load-hf` and `--save-hf`.
     """
 
@@ -173,5 +183,16 @@ class ModelSpec[C: ModelConfig]:
     check_layout: Callable[[Namespace, C], list[str]]
     check_kernels: Callable[[Namespace, C], None]
     build_model: BuildModel[C]
-    model_inputs: Callable[[C], ModelInputs]
+    model_inputs: BuildInputs[C]
     hf_weights: HfWeights[C] | None = None
+
+    @property
+    def table(self) -> HfWeights[C]:
+        """`hf_weights`, where something was asked for that needs it.
+
+        Raises:
+            ValueError: the architecture has none; the preflight refuses the flags that need one.
+        """
+        if self.hf_weights is None:
+            raise ValueError("the architecture has no table of HuggingFace weights")
+        return self.hf_weights

@@ -11,7 +11,7 @@ Torch-free to import: the launcher's preflight compares a folder with the table.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
@@ -206,6 +206,11 @@ class WeightMap:
         """The mapping of a part of the model: of the parameters whose canonical name begins with `prefix`."""
         part = {name: source for name, source in self.sources.items() if name.startswith(prefix)}
         return WeightMap(part, self.ignored, self.copies)
+
+    def without(self, names: Set[str]) -> WeightMap:
+        """The mapping of the other parameters."""
+        rest = {name: source for name, source in self.sources.items() if name not in names}
+        return WeightMap(rest, self.ignored, self.copies)
 
     def reason_to_ignore(self, name: str) -> str | None:
         """Why this foreign tensor is left out, or None if it isn't."""

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass, field
 from math import lcm
 
-# The reference's weights, a HuggingFace folder in its own.
-INITIAL = "initial-hf"
+# The reference's weights, a HuggingFace folder in its own, and its LoRA adapter, if it has one.
+INITIAL, ADAPTER = "initial-hf", "initial-adapter"
 
 # What a word adds to the command line. A number stands behind the name: "tp2".
 SIZES = {

@@ -41,19 +41,24 @@ from data.batch import BatchStats  # noqa: E402
 from data.loader import dataset_provider  # noqa: E402
 from forward_step import ForwardStep  # noqa: E402
 from models import ModelConfig, ModelSpec  # noqa: E402
+from models.adapters import adapters_of_args, trained_of_args  # noqa: E402
 from models.base import MultimodalModel  # noqa: E402
-from models.weight_map import Rank, TensorSlice, assemble, shares  # noqa: E402
+from models.trained import frozen_names  # noqa: E402
+from models.weight_map import Rank, TensorSlice, WeightMap, assemble, shares  # noqa: E402
 from pretrain_multimodal import model_provider  # noqa: E402
 from proofs.float64 import float64  # noqa: E402
 from proofs.full_tensors import full_gradients, full_parameters  # noqa: E402
-from proofs.layouts import INITIAL, Job  # noqa: E402
+from proofs.layouts import ADAPTER, INITIAL, Job  # noqa: E402
+from runtime.learning_rates import LearningRates  # noqa: E402
 from runtime.model_builder import ProvidedModelConfig, unwrapped  # noqa: E402
+from weights.adapter import write_adapter  # noqa: E402
+from weights.adapter_job import load_adapter  # noqa: E402
 from weights.job import load_hf, weights_table  # noqa: E402
 
 # (HF tensor, region) -> squared norm of the difference there, elements.
 type Differences = dict[tuple[str, str], tuple[float, int]]
 
-PARAMETERS, GRADIENTS = "parameters.safetensors", "gradients.safetensors"
+START, PARAMETERS, GRADIENTS = "start.safetensors", "parameters.safetensors", "gradients.safetensors"
 WEIGHTS = "model.safetensors"  # of the folder INITIAL
 
 
@@ -104,11 +109,16 @@ def _train(job: Job) -> None:
     training.train_step = watch.steps(training.train_step)
     model = ProvidedModelConfig(
         provider=partial(model_provider, spec, config, args),
-        post_wrap_hooks=[partial(load_hf, args, spec, config, command_line.hf_source), watch.initialise],
+        post_wrap_hooks=[
+            partial(load_hf, args, spec, config, command_line.hf_source),
+            partial(load_adapter, args, spec, config),
+            watch.initialise,
+            LearningRates(args, spec, config).attach,
+        ],
     )
     pretrain(
         pretrain_cfg_container_from_args(args, model),
-        dataset_provider(args, spec.model_inputs(config), None),
+        dataset_provider(args, spec.model_inputs(config, trained_of_args(args, spec, config)), None),
         ModelType.encoder_or_decoder,
         watch.forward_step(),
     )
@@ -124,6 +134,13 @@ class Watch:
         self._config = config
         self._weights = weights_table(spec)
         self._mapping = self._weights.mapping(self._config, ())
+        frozen = frozen_names(self._mapping, self._weights.groups, args.freeze or ())
+        self._adapters = adapters_of_args(args, spec, config)
+        if self._adapters is None:
+            self._everything, self._trained = self._mapping, self._mapping.without(frozen)
+        else:
+            self._trained = self._adapters.weights
+            self._everything = WeightMap({**self._mapping.sources, **self._trained.sources})
         self._folder = Path(job.reference)
         self._result = Result()
         self._stats: list[BatchStats] = []
@@ -142,9 +159,14 @@ class Watch:
             folder = self._folder / INITIAL
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(self._config.to_hf()))
-            weights = assemble(self._mapping, self._shares(model))
             # In the dtype that float64's mode leaves alone.
-            save_file({name: tensor.double() for name, tensor in weights.items()}, folder / WEIGHTS)
+            start = assemble(self._everything, self._shares(self._everything, model))
+            start = {name: tensor.double() for name, tensor in start.items()}
+            save_file(start, self._folder / START)
+            save_file({name: start[name] for name in self._mapping.tensors}, folder / WEIGHTS)
+            if self._adapters is not None:
+                adapter = {name: start[name] for name in self._trained.tensors}
+                write_adapter(self._folder / ADAPTER, adapter, self._adapters, self._mapping.tensors, None)
         return chunks
 
     def forward_step(self) -> ForwardStep:
@@ -189,7 +211,7 @@ class Watch:
         mine.images = [stats.images for stats in first_step]
         mine.router_margin = min((float(margin) for margin in self._margins), default=None)
         mine.peak_bytes = torch.cuda.max_memory_allocated()
-        own_updates = self._compare(full_parameters, PARAMETERS)
+        own_updates = self._compare(self._everything, full_parameters, PARAMETERS)
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(of_ranks, (mine, self._gradient_differences, own_updates))
         if torch.distributed.get_rank():
@@ -204,7 +226,7 @@ class Watch:
         mine.gradient_errors = self._errors(gradients, GRADIENTS)
         with safe_open(self._folder / GRADIENTS, "pt") as file:
             mine.zero_gradients = [name for name in file.keys() if not file.get_tensor(name).any()]  # noqa: SIM118
-        mine.update_errors = self._errors(updates, PARAMETERS, minus=f"{INITIAL}/{WEIGHTS}")
+        mine.update_errors = self._errors(updates, PARAMETERS, minus=START)
         Path(self._job.result).write_text(json.dumps(asdict(mine)))
 
     def _watch_gradients(self, optimizer: Any) -> None:
@@ -212,7 +234,7 @@ class Watch:
 
         def compare_then_step() -> Any:
             optimizer.step = step  # the first one only
-            self._gradient_differences = self._compare(full_gradients, GRADIENTS)
+            self._gradient_differences = self._compare(self._trained, full_gradients, GRADIENTS)
             return step()
 
         optimizer.step = compare_then_step
@@ -229,15 +251,17 @@ class Watch:
 
             router.gating = watched
 
-    def _compare(self, full: Callable[[list[nn.Module]], Iterable[tuple[str, Tensor]]], file: str) -> Differences:
+    def _compare(
+        self, mapping: WeightMap, full: Callable[[list[nn.Module]], Iterable[tuple[str, Tensor]]], file: str
+    ) -> Differences:
         """This rank's regions of the HF tensors against the reference's, which the reference itself writes first."""
         held: list[tuple[TensorSlice, Tensor]] = []
         for chunk in self._model:
             model, values = unwrapped(chunk), dict(full([chunk]))
-            of_parameter = {parameter: values[name] for name, parameter in model.named_parameters()}
-            held += self._shares(model, of_parameter.__getitem__)
+            of_parameter = {parameter: values[name] for name, parameter in model.named_parameters() if name in values}
+            held += self._shares(mapping, model, of_parameter.__getitem__)
         if self._job.is_reference:
-            save_file(assemble(self._mapping, held), self._folder / file)
+            save_file(assemble(mapping, held), self._folder / file)
         differences: Differences = {}
         with safe_open(self._folder / file, "pt") as reference:
             for tensor_slice, mine in held:
@@ -251,11 +275,15 @@ class Watch:
         return differences
 
     def _shares(
-        self, model: MultimodalModel, value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+        self, mapping: WeightMap, model: MultimodalModel, value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
     ) -> Iterator[tuple[TensorSlice, Tensor]]:
-        # Values instead of the parameters: under FSDP these have the shape without tensor parallelism.
-        values = ((name, value(parameter)) for name, parameter in self._weights.parameters(self._config, model))
-        return shares(self._mapping, values, Rank.of(model.pg_collection))
+        # Values in the place of the parameters: under FSDP these have the shape without tensor parallelism.
+        values = (
+            (name, value(parameter))
+            for name, parameter in self._weights.parameters(self._config, model)
+            if name in mapping.sources
+        )
+        return shares(mapping, values, Rank.of(model.pg_collection))
 
     def _errors(self, of_ranks: Iterable[Differences], file: str, minus: str | None = None) -> dict[str, float]:
         """Relative error of each HF tensor, the worst of its replicas'; infinite where a region is on no rank.

@@ -225,9 +225,23 @@ def _without_place(metadata: Any) -> list[str]:
     wanted = (
         (key, offset)
         for key, entry in metadata.state_dict_metadata.items()
-        for offset in ([chunk.offsets for chunk in entry.chunks] if hasattr(entry, "chunks") else [None])
+        for offset in (_chunk_offsets(entry) if hasattr(entry, "chunks") else [None])
     )
     return [key for key, offset in wanted if (key, offset) not in places]
+
+
+def _chunk_offsets(entry: Any) -> list[tuple[int, ...]]:
+    """Where a tensor's chunks begin.
+
+    Raises:
+        AttributeError, ValueError: its record lacks something, or a chunk isn't within the tensor.
+    """
+    size = tuple(entry.size)
+    for chunk in entry.chunks:
+        ends = [start + length for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if any(end > whole for end, whole in zip(ends, size, strict=True)) or min(chunk.offsets, default=0) < 0:
+            raise ValueError(f"a chunk of {tuple(chunk.sizes)} at {tuple(chunk.offsets)} in a tensor of {size}")
+    return [chunk.offsets for chunk in entry.chunks]
 
 
 def problem(load: Path, start: Start, ckpt_format: str, flag: str = "--load", *, required: bool = False) -> str | None:
@@ -362,7 +376,7 @@ def _lacks(folder: Path, ckpt_format: str) -> str | None:
     if _is_legacy(folder):
         return None
     for name in dict.fromkeys((".metadata", LAST_FILES[ckpt_format])):
-        if not (folder / name).is_file():
+        if not os.path.lexists(folder / name):  # what is there and no file is damage
             if folder.name == RELEASE:
                 return f"it has no {name}, which a {ckpt_format} checkpoint has (--ckpt-format)"
             return f"it has no {name}: the run ended while saving it"

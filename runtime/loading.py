@@ -128,9 +128,11 @@ def _failure_explained(refused: list[str]) -> Iterator[None]:
 
 
 def _what_there_is(args: Any) -> str:
-    pretrained = vars(args).get("pretrained_checkpoint")
-    flag, load = ("--pretrained-checkpoint", pretrained) if args.load is None else ("--load", args.load)
-    start = checkpoints.choose(Path(load), args.ckpt_step, args.ckpt_format)
-    if start.folder is None:
-        return f"while loading {flag} {load}{checkpoints.elsewhere(Path(load))}"
-    return f"while loading {start.folder}; {checkpoints.other_steps(start.folder, args.ckpt_format)}"
+    """Which checkpoint was being loaded, and which else can be; or where there are some."""
+    given = [("--load", args.load), ("--pretrained-checkpoint", vars(args).get("pretrained_checkpoint"))]
+    named = [(flag, Path(folder)) for flag, folder in given if folder is not None]
+    for _, folder in named:
+        start = checkpoints.choose(folder, args.ckpt_step, args.ckpt_format)
+        if start.folder is not None:
+            return f"while loading {start.folder}; {checkpoints.other_steps(start.folder, args.ckpt_format)}"
+    return "; ".join(f"while loading {flag} {folder}{checkpoints.elsewhere(folder)}" for flag, folder in named)

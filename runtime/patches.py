@@ -415,6 +415,28 @@ def first_loss_counts_once() -> None:
     training.training_log = training_log
 
 
+def nan_message_names_its_iteration() -> None:
+    """0.19.2, core/rerun_state_machine.py:530: the error about NaN names the iteration after the one at fault.
+
+    With `--rerun-mode disabled` the counter has gone on already when the step begins (:303), and the message adds one
+    more. The check sits in the middle of the gradients' reduction; no argument words it.
+    """
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+    original = RerunStateMachine.validate_result
+
+    @functools.wraps(original)
+    def validate_result(self: Any, *args: Any, **kwargs: Any) -> None:
+        ahead = int(self.mode == RerunMode.DISABLED)
+        self.current_iteration -= ahead
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            self.current_iteration += ahead
+
+    RerunStateMachine.validate_result = validate_result
+
+
 PATCHES: tuple[Callable[[], None], ...] = (
     dataset_helpers_come_compiled,
     gated_delta_net_takes_other_kernels,
@@ -431,4 +453,5 @@ PATCHES: tuple[Callable[[], None], ...] = (
     fsdp_starts_from_loaded_weights,
     parameter_groups.optimizer_resumes_at_other_rates,
     first_loss_counts_once,
+    nan_message_names_its_iteration,
 )

@@ -29,6 +29,7 @@ UNSUPPORTED = {
     "--use-torch-fsdp2": "use --use-megatron-fsdp",
     "--rampup-batch-size": "a step's packs are planned at one --global-batch-size",
     "--data-path": "data comes from --dataset-provider",
+    "--freeze-all-layers": "--freeze names what isn't trained",
     "--mock-data": "use --dataset-provider mock",
     "--fp16-lm-cross-entropy": "the loss is computed in float32, in one operation with the output layer",
     "--cross-entropy-loss-fusion": "the loss is fused with the output layer already",

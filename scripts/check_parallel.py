@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import arguments
-from proofs.layouts import INITIAL, SWITCHES, Job, Layout, parse_layout
+from proofs.layouts import ADAPTER, INITIAL, SWITCHES, Job, Layout, parse_layout
 from proofs.rank import run_rank
 from runtime.machine import count_gpus, detect
 
@@ -83,6 +83,8 @@ class Comparison:
         flags += precision[args.dtype] + ["--use-packed-sequence"] * layout.packed
         if reference not in (None, self.folder / layout.name):
             flags += ["--load-hf", str(reference / INITIAL)]
+            if (reference / ADAPTER).is_dir():
+                flags += ["--load-adapter", str(reference / ADAPTER)]
         return [*flags, *layout.flags, *args.flags]
 
     def refusals(self, layout: Layout) -> list[str]:

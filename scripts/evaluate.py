@@ -33,6 +33,7 @@ TIMES = 2.0  # the guess: fields whose interval lies above are named
 def read_arguments() -> Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load", required=True, type=Path, help="Checkpoint (what --save named) or HuggingFace folder")
+    parser.add_argument("--adapter", type=Path, default=None, help="A LoRA adapter for --load's model; needs peft")
     parser.add_argument("--dataset-provider", default="receipts", help="receipts, cord_v2 or yours")
     parser.add_argument("--dataset-path", default=None, help="As in training; default: the provider's")
     parser.add_argument("--split", default="test", choices=("validation", "test"), help="Of the dataset")
@@ -61,7 +62,7 @@ def main() -> None:
 
     try:
         with weights_folder(args.load) as folder:
-            model = HfModel.load(folder)
+            model = HfModel.load(folder, args.adapter)
         held_out = open_dataset(args, args.split, model)
         samples, truths = encode(held_out, args.samples)
         training = open_dataset(args, "train", model).conversations

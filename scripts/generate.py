@@ -13,6 +13,7 @@ from pathlib import Path
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load", required=True, type=Path, help="Checkpoint (what --save named) or HuggingFace folder")
+    parser.add_argument("--adapter", type=Path, default=None, help="A LoRA adapter for --load's model; needs peft")
     parser.add_argument("--image", type=Path, action="append", default=[], help="Image file; give several if you like")
     parser.add_argument("--prompt", required=True, help="The question; the images stand before it")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="Length of the answer at most")
@@ -34,7 +35,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     try:
         with weights_folder(args.load) as folder:
-            model = HfModel.load(folder)
+            model = HfModel.load(folder, args.adapter)
         question = model.question(
             args.prompt,
             args.image,

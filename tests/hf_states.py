@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.qwen35_vl.configuration import Qwen35VLConfig
 from models.qwen35_vl.hf_weights import ExpertStorage, canonical_parameters, weight_map
+from models.trained import is_adapter
 from models.weight_map import Rank, Sliceable, TensorSlice, WeightMap, assemble, fill, shares
 
 
@@ -29,7 +30,9 @@ def load_hf_state(
         WeightMismatch: see `models.weight_map.fill`.
     """
     mapping = weight_map(config, storage or ExpertStorage.detect(hf_state)).part(prefix)
-    fill(mapping, canonical_parameters(config, model, prefix), Rank.of(model.pg_collection), hf_state)
+    named = canonical_parameters(config, model, prefix)
+    parameters = ((name, parameter) for name, parameter in named if not is_adapter(name))
+    fill(mapping, parameters, Rank.of(model.pg_collection), hf_state)
 
 
 def hf_shares(

@@ -60,14 +60,13 @@ def die(folder: Path, how: str, launcher: list[str], *flags: str) -> tuple[int, 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment[MARK] = str(folder)
     command = [sys.executable, *launcher, str(program), how, "--model-variant", "tiny", *FLAGS, "--train-iters", "50"]
-    with open(folder / "log", "w+") as log:
+    with open(folder / "log", "w") as log:
         run = subprocess.run([*command, *flags], env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=900)
         end = time.time()
-        log.seek(0)
-        printed = log.read()
     while left := marked(folder):
         assert time.time() < end + 20, f"{left} are still there"
         time.sleep(0.2)
+    printed = (folder / "log").read_text()  # now, since ranks may outlive their agent for a second
     died = re.search(r"dying ([0-9.]+)", printed)
     assert died, printed[-3000:]
     return run.returncode, printed, end - float(died[1])

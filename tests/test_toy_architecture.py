@@ -109,7 +109,7 @@ TOY = ModelSpec(
     check_layout=lambda args, config: [],
     check_kernels=lambda args, config: None,
     build_model=build_toy,
-    model_inputs=lambda config: ToyInputs(),
+    model_inputs=lambda config, trained: ToyInputs(),
 )
 
 

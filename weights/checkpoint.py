@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
@@ -353,7 +354,13 @@ def import_folder(
     ):
         planner.tensors = tensors
         writer = _PiecewiseWriter(new / RELEASE, planner.aliases)
-        save_checkpoint({}, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            save_checkpoint({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:  # torch's wrapping, which is no Exception, around what reading raised
+            for cause, _ in error.failures.values():
+                if isinstance(cause, FolderError | OSError):
+                    raise FolderError(folder.path, [str(cause).removeprefix(f"{folder.path}: ")]) from error
+            raise
         problems = [f"{name}: has NaN or infinity" for name in sorted(tensors.not_finite) if not allow_nonfinite]
         problems += [f"{copy}: differs from {name}, to which config.json ties it" for name, copy in tensors.unequal]
         if problems:

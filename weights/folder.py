@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from models.json_files import JsonError, read_object, regular_file_problem
+from runtime.files import whole_folder
 from weights.checksums import (
     CHECKSUMS,
     CheckedFile,
@@ -34,6 +34,7 @@ from weights.schema import index_problems
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import StateDictSplit
     from torch import Tensor
 
 SINGLE = "model.safetensors"
@@ -96,7 +97,7 @@ class HfFolder:
         dtypes: dict[str, str] = {}
         for file, expected in listed.items():
             try:
-                found = _header(path / file)
+                found = read_header(path / file)
             except FolderError as error:
                 problems += error.problems
                 continue
@@ -197,7 +198,7 @@ def tensor_names(path: Path) -> set[str] | None:
         return None if index_problems(index) else set(index["weight_map"])
     shards = [file for file in path.glob("*.safetensors") if file.name not in _ADAPTER]
     try:
-        return set(_header(shards[0])) if len(shards) == 1 else None
+        return set(read_header(shards[0])) if len(shards) == 1 else None
     except FolderError:
         return None
 
@@ -249,7 +250,7 @@ def _listed_files(path: Path) -> dict[str, set[str] | None]:
     raise FolderError(path, ["it has no safetensors file"])
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every tensor of a file; safetensors checks offsets, shapes and the file's length."""
     if problem := regular_file_problem(file):
         raise FolderError(file.parent, [f"{file.name}: {problem}"])
@@ -423,15 +424,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     target = target.absolute()
     if there := occupied(target):
         raise FolderError(target, [f"{there}; give a new folder"])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with whole_folder(target) as temporary:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's is the owner's alone
-        os.replace(temporary, target)
-    except BaseException:  # Ctrl-C included
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def write_tensors(
@@ -453,32 +447,28 @@ def write_tensors(
     import torch
     from tqdm import tqdm
 
-    shards = _shards(tensors, max_shard_size)
+    split = _shards(tensors, max_shard_size)
     total = sum(info.bytes for info in tensors.values())
     free = shutil.disk_usage(folder).free
     if free < total:
         raise FolderError(folder, [f"{total:,} bytes are to be written, and the disk has {free:,} left"])
-    if len(shards) == 1:
-        files = [SINGLE]
-    else:
-        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     checksums: dict[str, list[str]] = {}
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=quiet, mininterval=1) as progress:
-        for file, names in zip(files, shards, strict=True):
+        for file, names in split.filename_to_tensors.items():
             for name, tensor in _write_shard(folder / file, {name: tensors[name] for name in names}):
                 yield name, tensor
                 checksums[name] = checksums_of(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
                 progress.update(tensor.nbytes)
     write_checksums(folder, checksums)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": {name: weight_map[name] for name in tensors}}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": {name: split.tensor_to_filename[name] for name in tensors}}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_order(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> list[str]:
     """The order in which `write_tensors` asks for values."""
-    return [name for names in _shards(tensors, max_shard_size) for name in _inner_order(names, tensors)]
+    shards = _shards(tensors, max_shard_size).filename_to_tensors.values()
+    return [name for names in shards for name in _inner_order(names, tensors)]
 
 
 def _inner_order(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -486,16 +476,15 @@ def _inner_order(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> lis
     return sorted(names, key=lambda name: -ITEM_SIZES[tensors[name].dtype])
 
 
-def _shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, info in tensors.items():
-        if shards[-1] and filled + info.bytes > max_shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += info.bytes
-    return shards
+def _shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> StateDictSplit:
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    return split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda info: info.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
 
 
 def _write_shard(file: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
@@ -531,9 +520,3 @@ def _write_shard(file: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tupl
     del mapping
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

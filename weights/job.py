@@ -9,7 +9,8 @@ after the other. Knows no architecture.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch.distributed.tensor import DTensor
 
 from models import ModelConfig, ModelSpec
 from models.base import MultimodalModel
+from models.common.lora import LoRA, adapted_weights, merged
 from models.spec import HfWeights
+from models.trained import is_adapter
 from models.weight_map import LocalShard, Rank, TensorSlice, WeightMap, WeightMismatch, fill, plan, whole
 from runtime.checkpoints import folder_name
 from runtime.model_builder import unwrapped
@@ -72,7 +75,8 @@ def load_hf(
     """
     if source is None:
         return chunks
-    if not starts_from_hf(args):
+    # An adapter's checkpoint doesn't hold its base.
+    if not starts_from_hf(args) and args.lora_rank is None:
         if args.rank == 0:
             print(f"--load-hf {args.load_hf}: not read, since --load {args.load} has a checkpoint to go on from")
         return chunks
@@ -85,18 +89,31 @@ def load_hf(
         local_shard(parameter).tensor.numel() * ITEM_SIZES[folder.dtypes[next(mapping.sources[name].row_ranges).name]]
         for chunk in chunks
         for local_shard in [shard_of(chunk)]
-        for name, parameter in weights.parameters(config, unwrapped(chunk))
+        for name, parameter in base_parameters(weights, config, unwrapped(chunk))
         if name in mapping.sources
     )
     title = f"rank 0 reads its part of {folder.path}"
     with open_tensors(folder, mapping.copies, title=title, total=own, quiet=args.rank != 0) as tensors:
         for chunk in chunks:
             model = unwrapped(chunk)
-            fill(mapping, weights.parameters(config, model), Rank.of(model.pg_collection), tensors, shard_of(chunk))
-            for fsdp in _fsdp_modules(chunk):
-                fsdp.install_optimized_model_weights()
+            parameters = base_parameters(weights, config, model)
+            fill(mapping, parameters, Rank.of(model.pg_collection), tensors, shard_of(chunk))
+            install_shards(chunk)
     check_values(tensors.not_finite, tensors.unequal, args.allow_nonfinite_weights)
     return chunks
+
+
+def base_parameters(
+    weights: HfWeights[Any], config: ModelConfig, model: nn.Module
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters without LoRA's, by canonical name."""
+    return ((name, parameter) for name, parameter in weights.parameters(config, model) if not is_adapter(name))
+
+
+def install_shards(chunk: nn.Module) -> None:
+    """Under Megatron-FSDP, bring what was written to the optimizer's weights to those that the model computes with."""
+    for fsdp in _fsdp_modules(chunk):
+        fsdp.install_optimized_model_weights()
 
 
 def rounded_tensors(args: Namespace, weights: HfWeights[Any], folder: HfFolder) -> Iterator[str]:
@@ -203,7 +220,7 @@ class HfExporter:
                 self.save(iteration)
             finalize_model_grads(*args, **kwargs)
 
-        self.chunks = chunks
+        self.chunks[:] = chunks
         if self.args.save_hf is not None and self.args.save_hf_interval is not None:
             for chunk in chunks:
                 unwrapped(chunk).config.finalize_model_grads_func = finalize
@@ -227,8 +244,11 @@ class HfExporter:
             print(f"--save-hf: {target} is there already, and stays as it is")
 
 
-def save_hf(exporter: HfExporter, target: Path) -> None:
+def save_hf(exporter: HfExporter, target: Path, *, merge: bool = True) -> None:
     """Write an exporter's model as a HuggingFace folder; collective, rank 0 writes.
+
+    Args:
+        merge: add LoRA's part to the weights.
 
     Raises:
         FolderError: on rank 0: the target is there, the disk is full.
@@ -237,18 +257,20 @@ def save_hf(exporter: HfExporter, target: Path) -> None:
     args, weights = exporter.args, weights_table(exporter.spec)
     mapping = weights.mapping(exporter.config, exporter.record)
     infos = tensor_infos(weights, mapping, exporter.record)
-    own: dict[str, list[tuple[Region, Tensor]]] = {}
+    own: dict[str, list[tuple[Region, Callable[[], Tensor]]]] = {}
     for chunk in exporter.chunks:
         model = unwrapped(chunk)
-        for tensor_slice, values in _owned(mapping, weights.parameters(exporter.config, model), model, chunk):
-            own.setdefault(tensor_slice.name, []).append((tensor_slice.foreign_index, values))
+        adapters = {id(weight): adapter for weight, adapter in adapted_weights(model)} if merge else {}
+        parameters = base_parameters(weights, exporter.config, model)
+        for tensor_slice, value in owned(mapping, parameters, model, chunk, adapters):
+            own.setdefault(tensor_slice.name, []).append((tensor_slice.foreign_index, value))
     own |= {copy: own[name] for name, copy in mapping.copies.items() if copy in infos and name in own}
     senders = _who_sends(own)
     size = parse_size(args.max_shard_size)
     if args.rank != 0:
         for name in write_order(infos, size):
             if name in own:
-                flat = [values.reshape(-1) for _, values in own[name]]
+                flat = [value().reshape(-1) for _, value in own[name]]
                 dist.send(torch.cat(flat).to(torch_dtype(infos[name].dtype)), dst=0)
         return
     with new_folder(target) as folder:
@@ -257,7 +279,7 @@ def save_hf(exporter: HfExporter, target: Path) -> None:
             for rank, regions in senders.get(name, {}).items():
                 targets = [tensor[region] for region in regions]
                 if rank == 0:
-                    parts = [values for _, values in own[name]]
+                    parts = [value() for _, value in own[name]]
                 else:
                     counts = [part.numel() for part in targets]
                     received = torch.empty(sum(counts), dtype=tensor.dtype, device=torch.cuda.current_device())
@@ -272,13 +294,18 @@ def save_hf(exporter: HfExporter, target: Path) -> None:
     print(f"saved {target}", flush=True)
 
 
-def _owned(
+def owned(
     mapping: WeightMap,
     parameters: Iterable[tuple[str, Tensor]],
     model: MultimodalModel,
     chunk: nn.Module,
-) -> Iterator[tuple[TensorSlice, Tensor]]:
-    """This rank's slices, without those that data-parallel and tensor-parallel replicas of it hold too."""
+    adapters: Mapping[int, LoRA] | None = None,
+) -> Iterator[tuple[TensorSlice, Callable[[], Tensor]]]:
+    """This rank's slices, without those that data-parallel and tensor-parallel replicas of it hold too.
+
+    Args:
+        adapters: of parameters by their `id`; added when a slice's value is asked for.
+    """
     groups = model.pg_collection
     rank = Rank.of(groups)
     problems: list[str] = []
@@ -286,15 +313,19 @@ def _owned(
     if problems:
         raise WeightMismatch(problems)
     sharded = bool(_fsdp_modules(chunk))
-    for name, _, tensor, cut in planned:
+    for name, parameter, tensor, cut in planned:
         source = mapping.sources[name]
         replica = 0 if sharded else (groups.expt_dp if source.is_expert else groups.dp_cp).rank()
-        if replica == 0 and (source.sharded or rank.tp == 0):
+        if replica == 0 and (source.sharded or (rank.expert_tp if source.is_expert else rank.tp) == 0):
+            adapter = (adapters or {}).get(id(parameter))
             for tensor_slice in cut:
-                yield tensor_slice, tensor[tensor_slice.index]
+                if adapter is None:
+                    yield tensor_slice, partial(tensor.__getitem__, tensor_slice.index)
+                else:
+                    yield tensor_slice, partial(merged, tensor, adapter, tensor_slice.index)
 
 
-def _who_sends(own: dict[str, list[tuple[Region, Tensor]]]) -> dict[str, dict[int, list[Region]]]:
+def _who_sends(own: dict[str, list[tuple[Region, Callable[[], Tensor]]]]) -> dict[str, dict[int, list[Region]]]:
     """On rank 0: tensor -> rank -> regions, in the order that the rank sends them; nothing elsewhere.
 
     Takes regions that an earlier rank holds too out of `own`: pipeline stages share the embedding.

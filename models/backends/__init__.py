@@ -9,8 +9,11 @@ from __future__ import annotations
 from models.backends.backend import Backend
 
 
-def get_backend(transformer_impl: str) -> Backend:
+def get_backend(transformer_impl: str, *, adapters: bool = False) -> Backend:
     """The backend that `--transformer-impl` names.
+
+    Args:
+        adapters: its linears are to take LoRA's.
 
     Raises:
         ValueError: another name.
@@ -23,5 +26,5 @@ def get_backend(transformer_impl: str) -> Backend:
     if transformer_impl == "transformer_engine":
         from models.backends.te import TEBackend
 
-        return TEBackend()
+        return TEBackend(adapters=adapters)
     raise ValueError(f"--transformer-impl {transformer_impl}: choose local or transformer_engine")

@@ -11,14 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name, layers
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import shared_experts
 from torch import Tensor, nn
+
+from models.common.lora import Adaptable, TakesAdapter, adapter_of
 
 InitMethod = Callable[[Tensor], Any]
 
 
-class ColumnParallelLinear(layers.ColumnParallelLinear):
+class ColumnParallelLinear(Adaptable, layers.ColumnParallelLinear):
     """Y = XA + b, A sliced along its columns."""
 
     def __init__(self, *args: Any, init_method: InitMethod, **kwargs: Any) -> None:
@@ -30,7 +34,7 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         _reset(self, self.init_method)
 
 
-class RowParallelLinear(layers.RowParallelLinear):
+class RowParallelLinear(Adaptable, layers.RowParallelLinear):
     """Y = XA + b, A sliced along its rows."""
 
     def __init__(self, *args: Any, init_method: InitMethod, **kwargs: Any) -> None:
@@ -52,8 +56,19 @@ class VocabParallelEmbedding(layers.VocabParallelEmbedding):
         _reset(self, self.init_method)
 
 
-class SharedExpertMLP(shared_experts.SharedExpertMLP):
-    """The experts that every token visits, and the weight of their gate, which is whole on every rank."""
+class SharedExpertMLP(TakesAdapter, shared_experts.SharedExpertMLP):
+    """The experts that every token visits, and the weight of their gate, which is whole on every rank.
+
+    Its module `adapter` is the gate's; the linears have their own.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[S, B, H] -> the same, times the gate's sigmoid."""
+        adapter = adapter_of(self)
+        if adapter is None:
+            return super().forward(hidden_states)
+        output, _ = MLP.forward(self, hidden_states)
+        return output * adapter(hidden_states, F.linear(hidden_states, self.get_parameter("gate_weight"))).sigmoid()
 
     def reset_parameters(self) -> None:
         """Draw the gate's weight, in the stream of the caller; the linears have their own."""

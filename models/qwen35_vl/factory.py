@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.qwen35_vl.configuration import MODEL_TYPES, VARIANTS, Qwen35VLConfig
 from models.qwen35_vl.hf_weights import (
+    GROUPS,
     ExpertStorage,
     as_stored,
     canonical_parameters,
@@ -15,10 +16,12 @@ from models.qwen35_vl.hf_weights import (
     default_dtype,
     fsdp_checkpoint_slices,
     is_wide,
+    linears,
     weight_map,
 )
 from models.qwen35_vl.parallelism import check_layout
 from models.spec import HfWeights, ModelInputs, ModelSpec
+from models.trained import EVERYTHING, Trained
 from models.weight_map import WeightMap
 
 if TYPE_CHECKING:
@@ -66,10 +69,10 @@ def _build_model(*args: Any, **kwargs: Any) -> MultimodalModel:
     return build_qwen35_vl(*args, **kwargs)
 
 
-def _model_inputs(config: Qwen35VLConfig) -> ModelInputs:
+def _model_inputs(config: Qwen35VLConfig, trained: Trained = EVERYTHING) -> ModelInputs:
     from models.qwen35_vl.inputs import Qwen35VLInputs
 
-    return Qwen35VLInputs(config)
+    return Qwen35VLInputs(config, trained)
 
 
 def _mapping(config: Qwen35VLConfig, names: Iterable[str]) -> WeightMap:
@@ -93,5 +96,7 @@ QWEN35_VL = ModelSpec(
         fsdp_checkpoint_slices=fsdp_checkpoint_slices,
         dtype=default_dtype,
         is_wide=is_wide,
+        linears=linears,
+        groups=GROUPS,
     ),
 )

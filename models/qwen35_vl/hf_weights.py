@@ -25,11 +25,19 @@ OUTPUT = "language_model.output_layer.weight"
 HF_TEXT = "model.language_model."
 HF_VISION = "model.visual."
 
+# What --freeze and --lr-mult name. A tied head has no tensor of its own, and is the embedding's.
+GROUPS = {
+    "vision": r"^model\.visual\.(?!merger\.)",
+    "projector": r"^model\.visual\.merger\.",
+    "language": r"^(model\.language_model\.(layers|norm)|mtp|lm_head)\.",
+    "embeddings": r"^model\.language_model\.embed_tokens\.",
+}
+_LINEAR = re.compile(r"\.(linear_(qkv|proj|fc1|fc2)|in_proj|out_proj|eh_proj)\.weight$|\.gate_weight$")
 # A backend's name -> the canonical one.
 _ALIASES = (
     (r"self_attention\.(?:linear_qkv|in_proj)\.layer_norm_(weight|bias)$", r"input_layernorm.\1"),
     (r"mlp\.linear_fc1\.layer_norm_(weight|bias)$", r"pre_mlp_layernorm.\1"),
-    (r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$", r"mlp.experts.\1.\2.weight"),
+    (r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.", r"mlp.experts.\1.\2."),
     (r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$", r"mlp.experts.\2.\1.weight"),
 )
 
@@ -111,6 +119,11 @@ def canonical_parameters(
         if name == OUTPUT and config.tie_word_embeddings:
             name = EMBEDDING  # the last pipeline stage's copy
         yield name, parameter
+
+
+def linears(mapping: WeightMap) -> list[str]:
+    """Canonical names of the weights that transformers has as `nn.Linear`, MTP's, which it lacks, included."""
+    return [name for name, source in mapping.sources.items() if _LINEAR.search(name) and not source.is_expert]
 
 
 def default_dtype(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +16,21 @@ from transformers.vision_utils import (
 
 from models.common.mrope import position_ids
 from models.qwen35_vl.configuration import Qwen35VLConfig, Qwen35VLVisionConfig
-from models.qwen35_vl.flops import batch_flops
+from models.qwen35_vl.flops import FlopCount
 from models.spec import BatchShape
+from models.trained import EVERYTHING, Trained
 
 
 @dataclass(frozen=True)
 class Qwen35VLInputs:
-    """`models.spec.ModelInputs` for Qwen3.5-VL."""
+    """`models.spec.ModelInputs` for Qwen3.5-VL; FLOPs are those of what is trained."""
 
     config: Qwen35VLConfig
+    trained: Trained = EVERYTHING
+
+    @cached_property
+    def flop_count(self) -> FlopCount:
+        return FlopCount.of(self.config, self.trained)
 
     @property
     def image_token_id(self) -> int:
@@ -62,7 +69,7 @@ class Qwen35VLInputs:
         return pad_vision_inputs(vision, patches, frames)
 
     def flops(self, shape: BatchShape) -> float:
-        return batch_flops(self.config, shape)
+        return self.flop_count.of_batch(shape)
 
 
 def vision_inputs(grid_thw: Tensor, vision: Qwen35VLVisionConfig) -> dict[str, Tensor | int]:

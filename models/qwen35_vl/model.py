@@ -30,7 +30,7 @@ def build_qwen35_vl(
     # megatron-core's argument check forbids MTP with mrope, so the command line says rope.
     language_config.position_embedding_type = "mrope"
     language_config.mrope_section = list(architecture.mrope_section)
-    backend = get_backend(language_config.transformer_impl)
+    backend = get_backend(language_config.transformer_impl, adapters=args.lora_rank is not None)
     language_model = MultimodalGPTModel(
         config=language_config,
         transformer_layer_spec=decoder_block_spec(language_config, backend, vp_stage=vp_stage),

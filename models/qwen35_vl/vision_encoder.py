@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from models.backends.backend import Backend
 from models.common.attention import RotarySelfAttention
 from models.qwen35_vl.configuration import Qwen35VLVisionConfig
+from models.trained import trains
 
 NORM_EPSILON = 1e-6
 ROTARY_BASE = 10_000.0
@@ -229,6 +230,7 @@ class VisionEncoder(MegatronModule):
             post_layer_norm=False,
             pg_collection=_vision_groups(pg_collection),
         )
+        self._blocks_train = trains(self.decoder)
         self.merger = PatchMerger(
             config,
             backend,
@@ -257,6 +259,8 @@ class VisionEncoder(MegatronModule):
             [V, out_hidden_size] in params_dtype.
         """
         patches = self.patch_embed(pixel_values) + self.pos_embed(position_index, position_weight)
+        if self.config.recompute_granularity is not None and not patches.requires_grad and self._blocks_train():
+            patches.requires_grad_(True)  # recomputation differentiates only through inputs that ask for it
         patches = self.decoder(
             hidden_states=patches.unsqueeze(1),  # [P, 1, H]
             attention_mask=None,

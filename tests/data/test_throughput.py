@@ -16,6 +16,7 @@ STATS = BatchStats(
     busiest_patches=24,
     mean_patches=20.0,
     flops=1e12,
+    samples=[],
 )
 
 

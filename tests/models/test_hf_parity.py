@@ -67,10 +67,10 @@ def make_sample(architecture: Qwen35VLConfig, grids: list[list[int]], dtype: tor
     return Sample(input_ids, trained, pixels.to(dtype), grid_thw, "parity")
 
 
-def run_ours(model: nn.Module, architecture: Qwen35VLConfig, sample) -> Result:
+def our_inputs(architecture: Qwen35VLConfig, sample):
+    """A batch of one document: the model's arguments, and the batch for labels and mask."""
     from data.batch import collate
     from models.qwen35_vl.inputs import Qwen35VLInputs
-    from tests.hf_states import export_hf_state
 
     batch = collate(
         [[sample]],
@@ -88,6 +88,13 @@ def run_ours(model: nn.Module, architecture: Qwen35VLConfig, sample) -> Result:
         "vision": batch.vision[0],
         "padding_mask": batch.padding_mask,
     }
+    return inputs, batch
+
+
+def run_ours(model: nn.Module, architecture: Qwen35VLConfig, sample) -> Result:
+    from tests.hf_states import export_hf_state
+
+    inputs, batch = our_inputs(architecture, sample)
     logits = model(**inputs).detach()
     losses = model(**inputs, labels=batch.labels, loss_mask=batch.loss_mask, trained_rows=batch.trained_rows[0])
     loss = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()

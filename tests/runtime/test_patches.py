@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -515,3 +516,28 @@ class TestFirstLoss:
     def test_patched(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.flags(monkeypatch, 1) == [False, False, False]
         assert self.flags(monkeypatch, 2) == [True, False, False]
+
+
+class TestNanMessage:
+    def said(self, validate: Callable[..., None]) -> str:
+        """The error about the fifth step's gradients."""
+        from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+        machine = RerunStateMachine(mode=RerunMode.DISABLED)
+        machine.current_iteration = 4  # as training/training.py:3512 sets it: steps done
+        assert machine.should_run_forward_backward(None)
+        with pytest.raises(RuntimeError) as found:
+            validate(machine, torch.tensor(torch.nan), torch.isnan, "found NaN")
+        return str(found.value)
+
+    def test_defect_is_there(self) -> None:
+        from megatron.core.rerun_state_machine import RerunStateMachine
+
+        patches.apply()
+        assert "iteration 6: Unexpected result nan" in self.said(RerunStateMachine.validate_result.__wrapped__)
+
+    def test_patched(self) -> None:
+        from megatron.core.rerun_state_machine import RerunStateMachine
+
+        patches.apply()
+        assert "iteration 5: Unexpected result nan" in self.said(RerunStateMachine.validate_result)

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from models.qwen35_vl.configuration import VARIANTS
-from models.qwen35_vl.factory import QWEN35_VL
 from models.qwen35_vl.hf_weights import ExpertStorage
 from tests.hf_folders import assert_same, random_tensors, read_folder, write_folder
 from weights.check import check_folder, is_hub_name, local_folder, model_of
@@ -177,7 +176,8 @@ def test_values_are_watched_while_they_are_read(tmp_path: Path) -> None:
     tensors["lm_head.weight"][600, 3] += 1
     write_folder(tmp_path / "bad", TINY, tensors)
     folder = HfFolder.open(tmp_path / "bad")
-    mapping = check_folder(QWEN35_VL.hf_weights, folder, folder.config)
+    _, weights, config = model_of(folder.config, folder.path)
+    mapping = check_folder(weights, config, folder).mapping
     with open_tensors(folder, mapping.copies, title="reads", quiet=True) as read:
         read["model.visual.pos_embed.weight"][(slice(0, 7),)]
         read[embedding][(slice(0, 600),)]

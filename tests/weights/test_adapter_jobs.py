@@ -1,0 +1,134 @@
+"""LoRA through `pretrain()`: checkpoints of adapters, resuming in the same and another layout, export, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import arguments
+from runtime.machine import Machine
+from tests.train_jobs import FLAGS, run
+from weights.adapter import AdapterFolder
+from weights.adapter_export import export
+
+pytestmark = pytest.mark.slow
+
+LORA = ["--lora-rank", "4", "--lora-alpha", "8", "--lora-vision"]
+TRAIN = ["--lr", "1e-2", "--train-iters", "4", "--lr-decay-style", "constant", "--log-interval", "1"]
+CPU = Machine(
+    gpus=0,
+    transformer_engine=False,
+    flash_linear_attention=False,
+    fused_weight_gradients=False,
+    compiler=False,
+    wandb=False,
+)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    one, other = tensors(first), tensors(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny_moe"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base; LoRA of four steps with a checkpoint in the middle; and from random weights."""
+    folder = tmp_path_factory.mktemp(request.param)
+    variant = ["--model-variant", request.param]
+    lora = [*LORA, *(["--lora-experts"] if request.param == "tiny_moe" else [])]
+    (folder / "flags.json").write_text(json.dumps(lora))
+    saved = ["--save", str(folder / "checkpoints"), "--save-interval", "2"]
+    ends = ["--save-adapter", str(folder / "adapter"), "--save-hf", str(folder / "merged")]
+    at_random = [*variant, *lora, *TRAIN, "--save", str(folder / "random"), "--save-interval", "2"]
+    run(
+        folder,
+        [
+            [*variant, "--save-hf", str(folder / "base")],
+            ["--load-hf", str(folder / "base"), *lora, *TRAIN, *saved, *ends],
+            [*at_random, "--save-adapter", str(folder / "random-adapter")],
+        ],
+    )
+    return folder
+
+
+def test_resuming_is_exact_and_finds_the_base(trained: Path) -> None:
+    lora = json.loads((trained / "flags.json").read_text())
+    model = ["--hf-config", str(trained / "base"), *lora, *TRAIN, "--ckpt-step", "2"]
+    run(
+        trained,
+        [
+            [*model, "--load", str(trained / "checkpoints"), "--save-adapter", str(trained / "resumed")],
+            [*model, "--load", str(trained / "random"), "--save-adapter", str(trained / "random-resumed")],
+        ],
+    )
+    assert same(trained / "adapter", trained / "resumed")
+    assert same(trained / "random-adapter", trained / "random-resumed")
+
+
+def test_another_layout_reads_the_same_adapter(trained: Path) -> None:
+    """Nothing is left to train, so what TP2 and PP2 have loaded comes out."""
+    lora = json.loads((trained / "flags.json").read_text())
+    loaded = ["--load", str(trained / "checkpoints"), "--hf-config", str(trained / "base"), *lora, *TRAIN]
+    tensor_parallel = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    if "--lora-experts" in lora:
+        tensor_parallel += ["--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]
+    run(
+        trained,
+        [
+            [*loaded, *tensor_parallel, "--save-adapter", str(trained / "tp2")],
+            [*loaded, "--pipeline-model-parallel-size", "2", "--save-adapter", str(trained / "pp2")],
+        ],
+        ranks=2,
+    )
+    assert same(trained / "adapter", trained / "tp2")
+    assert same(trained / "adapter", trained / "pp2")
+
+
+def test_export_gives_the_adapter_and_the_merged_model(trained: Path, tmp_path: Path) -> None:
+    export(trained / "checkpoints", tmp_path / "adapter", quiet=True)
+    assert same(trained / "adapter", tmp_path / "adapter")
+    export(trained / "checkpoints", tmp_path / "merged", merge=True, quiet=True)
+    export(trained / "base", tmp_path / "by-hand", merge=True, adapter=trained / "adapter", quiet=True)
+    base, job, *others = (
+        load_file(folder / "model.safetensors")
+        for folder in (trained / "base", trained / "merged", tmp_path / "merged", tmp_path / "by-hand")
+    )
+    assert any(not torch.equal(base[name], job[name]) for name in base)
+    for other in others:
+        assert job.keys() == other.keys()
+        for name in job:
+            # Sums of products in another order, rounded to bf16.
+            torch.testing.assert_close(other[name], job[name], rtol=2**-7, atol=1e-6)
+
+
+def test_the_checkpoint_holds_adapters_alone(trained: Path) -> None:
+    from weights.checkpoint import CheckpointTensors
+
+    kept = CheckpointTensors(trained / "checkpoints/iter_0000004").metadata
+    assert kept and all(".adapter." in key or key.startswith(("rng_state",)) for key in kept), sorted(kept)[:5]
+
+
+def test_another_base_or_another_adapter_is_refused(trained: Path, tmp_path: Path) -> None:
+    lora = json.loads((trained / "flags.json").read_text())
+    loaded = ["--load", str(trained / "checkpoints")]
+
+    def refusal(*flags: str) -> str:
+        with pytest.raises(arguments.Refused) as refused:
+            arguments.preflight([*FLAGS, *flags], CPU, 1)
+        return str(refused.value)
+
+    assert "hold a LoRA adapter" in refusal(*loaded, "--hf-config", str(trained / "base"))
+    changed = [*lora, "--lora-rank", "5"]
+    assert "--lora-rank 4, and the command line 5" in refusal(*loaded, "--hf-config", str(trained / "base"), *changed)
+    other = AdapterFolder.open(trained / "adapter").config["target_modules"]
+    assert "in_proj_qkv" in other
+    narrower = [*lora, "--lora-targets", "q_proj"]
+    assert "adapts other modules" in refusal(*loaded, "--hf-config", str(trained / "base"), *narrower)
