@@ -35,6 +35,8 @@ ROOMS = "data|docs|evaluation|models|proofs|runtime|scripts|tests|weights"
 PLACEHOLDER = re.compile(r"^[A-Z_]+$|[$*|]|\.\.\.")
 ASSIGNMENT = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*)=")
 REPOSITORY_PATH = re.compile(rf"^(\./)?(({ROOMS})/\S+|[\w./-]+\.(py|sh|lock|toml|md))$")
+# Programs that hand what follows "--" to the training.
+PASS_ON = ("scripts/check_parallel.py", "scripts/benchmark_train.py")
 # Of programs that aren't ours.
 FOREIGN_VARIABLES = {"CUDA_VISIBLE_DEVICES"}
 
@@ -182,7 +184,7 @@ def command_problems(all_words: list[list[str]]) -> list[str]:
             problems += [f"{shown}: the launcher reads no {name}" for name in sorted(unknown)]
         program = None
         for word in words:
-            if word == "--" and program == "scripts/check_parallel.py":  # what follows goes to the training
+            if word == "--" and program in PASS_ON:  # what follows goes to the training
                 program = "pretrain_multimodal.py"
             elif PLACEHOLDER.search(word):
                 continue
