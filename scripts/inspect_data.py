@@ -27,8 +27,10 @@ def read_arguments() -> tuple[Namespace, arguments.CommandLine]:
     parser.add_argument("--html", type=Path, metavar="FILE", help="Write a page with images and trained spans")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write a list of all rows' samples")
     parser.add_argument("--dataset-provider", default="chat", help="As in training")
+    parser.add_argument("--dataset-path", nargs="+", default=[], help="As in training")
     options, rest = parser.parse_known_args()
-    words = [*DEFAULTS, "--dataset-provider", options.dataset_provider, *rest]
+    path = ["--dataset-path", *options.dataset_path] if options.dataset_path else []
+    words = [*DEFAULTS, "--dataset-provider", options.dataset_provider, *path, *rest]
     return options, arguments.preflight_or_exit(words)
 
 
