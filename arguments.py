@@ -25,8 +25,10 @@ from data.preflight import refusals as data_refusals
 from data.processor_files import processor_refusals
 from models import MODEL_REGISTRY, ModelConfig, ModelSpec
 from runtime import checkpoints, launch_environment
+from runtime.flag_table import refused_flags, untested_flags
+from runtime.flag_values import value_refusals
 from runtime.machine import Machine, detect
-from runtime.megatron_flags import add_megatron_flags, dest_of
+from runtime.megatron_flags import add_megatron_flags
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
 from weights.adapter_check import implied_by_adapter, tuning_refusals
 from weights.check import DESCRIPTION, HfSource, described, is_hub_name, local_folder
@@ -433,7 +435,9 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
         start = checkpoints.choose(Path(args.load), args.ckpt_step, args.ckpt_format)
         words += [] if start.step is None else ["--ckpt-step", str(start.step)]
     problems = [
-        *refusals(args, given, start, machine, world_size),
+        *refused_flags(argv),
+        *value_refusals(args, given),
+        *refusals(args, start, machine, world_size),
         *spec.check_layout(args, config),
         *processor_refusals(args, config.to_hf() if needs_processor else None),
         *data_refusals(args),
@@ -447,7 +451,7 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
         problems += found
     if problems:
         raise Refused(problems)
-    return CommandLine(words, args, spec, config, start, source, notices(args, given, start))
+    return CommandLine(words, args, spec, config, start, source, notices(args, argv, start))
 
 
 def preflight_or_exit(argv: list[str], *, with_weights: bool = False) -> CommandLine:
@@ -508,10 +512,13 @@ def without_experts(flags: list[str]) -> list[str]:
     return kept
 
 
-def notices(args: Namespace, given: Mapping[str, Any], start: checkpoints.Start) -> list[str]:
+def notices(args: Namespace, argv: list[str], start: checkpoints.Start) -> list[str]:
     """What the user should know about flags that were accepted or chosen for them."""
-    found = [f"{flag} has no effect here: {instead}" for flag, instead in RETIRED.items() if dest_of(flag) in given]
-    if args.context_parallel_size > 1 and "cp_comm_type" not in given:
+    given = {word.split("=", 1)[0] for word in argv}
+    found = [f"{flag} has no effect here: {instead}" for flag, instead in RETIRED.items() if flag in given]
+    if untested := untested_flags(argv):
+        found.append(f"{', '.join(untested)}: not tested here; Megatron gets what you gave (docs/flags.md)")
+    if args.context_parallel_size > 1 and "--cp-comm-type" not in given:
         kind = args.cp_comm_type[0]
         why = "heads divide by CP" if kind == "a2a" else "heads don't divide by CP, so no a2a"
         found.append(f"--cp-comm-type {kind} ({why})")

@@ -17,26 +17,6 @@ from runtime import checkpoints, launch_environment, output_folder
 from runtime.machine import Machine
 from runtime.megatron_flags import dest_of
 
-# Megatron features that the harness doesn't build. One line each: delete it when that changes.
-UNSUPPORTED = {
-    "--yaml-cfg": "flags come from the command line; --model-variant or --hf-config gives the architecture",
-    "--use-checkpoint-args": "the architecture comes from --model-variant or --hf-config",
-    "--hybrid-layer-pattern": "layers are placed by --linear-attention-freq",
-    "--hybrid-override-pattern": "layers are placed by --linear-attention-freq",
-    "--heterogeneous-layers-config-path": "all layers have one shape",
-    "--multi-latent-attention": "attention is grouped-query",
-    "--hybrid-context-parallel": "use --context-parallel-size",
-    "--use-torch-fsdp2": "use --use-megatron-fsdp",
-    "--rampup-batch-size": "a step's packs are planned at one --global-batch-size",
-    "--data-path": "data comes from --dataset-provider",
-    "--freeze-all-layers": "--freeze names what isn't trained",
-    "--mock-data": "use --dataset-provider mock",
-    "--fp16-lm-cross-entropy": "the loss is computed in float32, in one operation with the output layer",
-    "--cross-entropy-loss-fusion": "the loss is fused with the output layer already",
-    "--defer-embedding-wgrad-compute": "the output layer and its loss are one operation",
-    "--use-mup": "the output layer's logits aren't scaled",
-}
-
 # Flags that no check could compute without, and those whose 0 says "none"; all numbers of layers, sizes and ranks that
 # the checks read have to be at least 1.
 _REQUIRED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size")
@@ -98,20 +78,16 @@ def unusable_sizes(args: Namespace) -> list[str]:
     return problems
 
 
-def refusals(
-    args: Namespace, given: Iterable[str], start: checkpoints.Start, machine: Machine, world_size: int
-) -> list[str]:
+def refusals(args: Namespace, start: checkpoints.Start, machine: Machine, world_size: int) -> list[str]:
     """Everything wrong with the flags by Megatron's rules and this machine's, each with its fix.
 
     Args:
         args: the effective flags as `arguments` reads them.
-        given: destinations of the flags that the user gave.
         start: which checkpoint `--load` means.
         machine: what is installed.
         world_size: ranks of the whole job.
     """
     return [
-        *_unsupported(given),
         *_machine(args, machine),
         *_world(args, world_size),
         *_attention_heads(args),
@@ -145,11 +121,6 @@ def cp_comm_types(args: Namespace) -> list[str]:
 
 def _kv_heads(args: Namespace) -> int:
     return args.num_query_groups if args.group_query_attention else args.num_attention_heads
-
-
-def _unsupported(given: Iterable[str]) -> list[str]:
-    given = set(given)
-    return [f"{flag}: not supported; {why}" for flag, why in UNSUPPORTED.items() if dest_of(flag) in given]
 
 
 def _machine(args: Namespace, machine: Machine) -> list[str]:
@@ -255,6 +226,8 @@ def _cuda_graphs(args: Namespace, given: Iterable[str], machine: Machine) -> lis
 def _attention_heads(args: Namespace) -> list[str]:
     problems = []
     tp, heads, kv = args.tensor_model_parallel_size, args.num_attention_heads, _kv_heads(args)
+    if heads % kv:
+        return [f"--num-attention-heads {heads}: not a multiple of --num-query-groups {kv}; change one of them"]
     if heads % tp:
         problems.append(
             f"--tensor-model-parallel-size {tp}: the {heads} query heads don't divide by it; "

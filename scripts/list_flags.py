@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rewrite", action="store_true", help="Write runtime/megatron_flags.json anew")
+    parser.add_argument("--rewrite", action="store_true", help="Write the list and docs/flags.md anew")
     args = parser.parse_args()
 
     from runtime import prepare
@@ -19,11 +19,13 @@ def main() -> None:
     prepare()
     from megatron.training.arguments import add_megatron_arguments
 
+    from runtime.flag_table import DOCUMENT, markdown
     from runtime.megatron_flags import FILE, describe, megatron_flags, write
 
     installed = describe(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     if args.rewrite:
         write(installed, FILE)
+        DOCUMENT.write_text(markdown())
         print(f"wrote {len(installed)} flags to {FILE}")
     elif tuple(installed) != megatron_flags():
         sys.exit(f"{FILE} isn't the installed megatron-core's list: --rewrite writes it anew")

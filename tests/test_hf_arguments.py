@@ -16,7 +16,7 @@ from runtime.machine import Machine
 from tests.hf_folders import random_tensors, write_folder
 
 CPU = Machine(gpus=0, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
-SIZES = ["--seq-length", "128", "--micro-batch-size", "2"]
+SIZES = ["--seq-length", "128", "--micro-batch-size", "2", "--train-iters", "1", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")

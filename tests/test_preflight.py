@@ -20,7 +20,7 @@ LAPTOP = Machine(0, transformer_engine=False, flash_linear_attention=False, fuse
 GPUS = Machine(8, transformer_engine=True, flash_linear_attention=True, fused_weight_gradients=False, wandb=True)
 BARE_GPU = Machine(1, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
 
-BASE = "--micro-batch-size 1 --seq-length 1024"
+BASE = "--micro-batch-size 1 --seq-length 1024 --train-iters 1 --lr 1e-3"
 TINY = f"{BASE} --model-variant tiny"
 MOE = f"{BASE} --model-variant tiny_moe"
 TP, CP, PP, EP = (f"--{kind}-parallel-size" for kind in ("tensor-model", "context", "pipeline-model", "expert-model"))
@@ -90,6 +90,7 @@ REFUSED = {
     "not a number": (f"{TINY} --num-layers four", 1, ["--num-layers", "four"]),
     "unsupported": (f"{TINY} --yaml-cfg=x.yaml", 1, ["--yaml-cfg", "--model-variant"]),
     "missing": ("--model-variant tiny --micro-batch-size 1", 1, ["--seq-length is missing"]),
+    "no schedule": ("--model-variant tiny --micro-batch-size 1 --seq-length 64", 1, ["--lr is", "--train-iters is"]),
     "mrope section": (f"{TINY} --mrope-section 11 11 10", 1, ["--mrope-section 11 11 10", "leave 4 frequencies"]),
     "image token": (f"{TINY} --image-token-id 248056", 1, ["--image-token-id 248056", "1024 rows"]),
     "mock's image": (f"{TINY} --image-size 100", 1, ["--image-size 100", "multiple of 32"]),

@@ -427,7 +427,7 @@ def parse_size(text: str) -> int:
         if number.endswith(unit):
             try:
                 size = int(float(number[: len(number) - len(unit)]) * factor)
-            except ValueError:
+            except (ValueError, OverflowError):
                 break
             if size > 0:
                 return size
