@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LONGEST = 20  # seconds for one conversation; real templates take milliseconds
 _PROBE_SECONDS = 10
 _PROBE_MEMORY = 2**31  # bytes, beyond what the process has
-_PROBE = [
+_PROBE: list[Any] = [
     {"role": "user", "content": [{"type": "text", "text": "Is it so?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "It is."}]},
 ]
@@ -38,7 +38,7 @@ class TemplateOverrun(TemplateError):
     """A chat template that takes too long."""
 
 
-def render(processor: ProcessorMixin, messages: Sequence[Any], **arguments: Any) -> str:
+def render(processor: ProcessorMixin, messages: list[Any], **arguments: Any) -> str:
     """A conversation as its processor's chat template writes it.
 
     Args:

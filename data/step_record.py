@@ -64,25 +64,21 @@ class StepRecord:
         if self.folder is None:
             lines.append("--dump-bad-batch DIR saves the batch")
         else:
-            lines.append(f"saved {self._save(bad or numbered, rank)}")
+            lines.append(f"saved {_save(self.folder, self.iteration, bad or numbered, rank)}")
         return "\n".join(lines)
 
-    def _save(self, entries: list[tuple[int, MicroBatch]], rank: int) -> Path:
-        """One file, which `torch.load(weights_only=True)` reads: names, and tensors by the batch's own field names."""
-        path = self.folder / f"iter_{self.iteration:07d}_rank_{rank:04d}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {
-                "iteration": self.iteration,
-                "rank": rank,
-                "micro_batches": [
-                    {"number": number, "samples": entry.samples, "loss": entry.loss, "batch": _plain(entry.batch)}
-                    for number, entry in entries
-                ],
-            },
-            path,
-        )
-        return path
+
+def _save(folder: Path, iteration: int, entries: list[tuple[int, MicroBatch]], rank: int) -> Path:
+    """One file, which `torch.load(weights_only=True)` reads: names, and tensors by the batch's own field names."""
+    path = folder / f"iter_{iteration:07d}_rank_{rank:04d}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    micro_batches = [
+        {"number": number, "samples": entry.samples, "loss": entry.loss, "batch": _plain(entry.batch)}
+        for number, entry in entries
+        if entry.batch is not None
+    ]
+    torch.save({"iteration": iteration, "rank": rank, "micro_batches": micro_batches}, path)
+    return path
 
 
 def _plain(batch: Batch) -> dict[str, Any]:

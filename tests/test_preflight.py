@@ -252,3 +252,22 @@ def test_a_rank_refuses_before_it_imports_megatron() -> None:
     assert run.returncode == 2 and "add --sequence-parallel" in run.stderr
     imported = {line.split("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
     assert "arguments" in imported and not {"torch", "megatron", "transformers"} & imported
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_a_checkpoint_of_another_depth(tmp_path: Path, flag: str) -> None:
+    """Instead of hundreds of names in a KeyError, once Megatron has been imported."""
+    from runtime.checkpoints import TRACKER
+    from tests.small_checkpoint import write
+
+    write(tmp_path, 2)
+    (tmp_path / TRACKER).write_text("2")
+    (tmp_path / "hf").mkdir()
+    for depth in (4, 6):
+        config = VARIANTS["tiny"].replace(num_layers=depth).to_hf()
+        (tmp_path / "hf/config.json").write_text(json.dumps(config))
+        if depth == 4:
+            preflight([*TINY.split(), flag, str(tmp_path)], LAPTOP, 1)
+            continue
+        with pytest.raises(Refused, match=r"num_layers is 4 by the flags and 6 in the folder's config\.json"):
+            preflight([*TINY.split(), flag, str(tmp_path)], LAPTOP, 1)
