@@ -305,9 +305,8 @@ def stage(rank: int, folder: str, workers: int) -> None:
     if rank == 1:
         time.sleep(0.5)
     batches = list(islice(loaded, 8))
-    torch.save(
-        [(batch.input_ids, batch.labels, batch.vision_index, batch.stats) for batch in batches], f"{folder}/{rank}.pt"
-    )
+    tensors = [[tensor.clone() for tensor in (b.input_ids, b.labels, b.vision_index)] for b in batches]
+    torch.save([(*of_batch, b.stats) for of_batch, b in zip(tensors, batches, strict=True)], f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -363,6 +362,7 @@ def arguments(**changes: object) -> Namespace:
             "tensor_model_parallel_size": 1,
             "sequence_parallel": False,
             "loader_timeout_minutes": 10.0,
+            "cuda_graphs": False,
             "on_bad_sample": "skip",
             "max_bad_fraction": 0.05,
             "sample_timeout": 0.0,
