@@ -437,7 +437,7 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
     problems = [
         *refused_flags(argv),
         *value_refusals(args, given),
-        *refusals(args, start, machine, world_size),
+        *refusals(args, given, start, machine, world_size),
         *spec.check_layout(args, config),
         *processor_refusals(args, config.to_hf() if needs_processor else None),
         *data_refusals(args),

@@ -78,11 +78,14 @@ def unusable_sizes(args: Namespace) -> list[str]:
     return problems
 
 
-def refusals(args: Namespace, start: checkpoints.Start, machine: Machine, world_size: int) -> list[str]:
+def refusals(
+    args: Namespace, given: Iterable[str], start: checkpoints.Start, machine: Machine, world_size: int
+) -> list[str]:
     """Everything wrong with the flags by Megatron's rules and this machine's, each with its fix.
 
     Args:
         args: the effective flags as `arguments` reads them.
+        given: destinations of the user's own flags.
         start: which checkpoint `--load` means.
         machine: what is installed.
         world_size: ranks of the whole job.
@@ -197,7 +200,7 @@ _NOT_IN_GRAPHS = {
 
 
 def _cuda_graphs(args: Namespace, given: Iterable[str], machine: Machine) -> list[str]:
-    given = set(given)
+    names = set(given)
     problems = []
     if args.fuse_weight_gradients and args.use_megatron_fsdp:
         problems.append("--fuse-weight-gradients: Megatron-FSDP's gradient buffers aren't added to; drop one")
@@ -219,7 +222,7 @@ def _cuda_graphs(args: Namespace, given: Iterable[str], machine: Machine) -> lis
         if size > 1:
             problems.append(f"--cuda-graphs with {flag} {size}: not built; drop one")
     return problems + [
-        f"--cuda-graphs with {flag}: {why}; drop one" for flag, why in _NOT_IN_GRAPHS.items() if dest_of(flag) in given
+        f"--cuda-graphs with {flag}: {why}; drop one" for flag, why in _NOT_IN_GRAPHS.items() if dest_of(flag) in names
     ]
 
 
