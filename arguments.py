@@ -652,7 +652,7 @@ def _print_help() -> None:
     parser = ArgumentParser(
         prog="pretrain_multimodal.py",
         usage="pretrain_multimodal.py [our flags] [Megatron flags]",
-        description="The harness' own flags. Every flag of Megatron-LM's pretraining works too.",
+        description="The harness' own flags. docs/flags.md says what each flag of Megatron-LM's does here.",
         add_help=False,
     )
     add_multimodal_args(parser)

@@ -74,6 +74,8 @@ _NEEDS: Mapping[str, tuple[Need, ...]] = {
     "--moe-single-grouped-bias": (_flag("--moe-grouped-gemm"),),
     "--moe-enable-deepep": (_FLEX,),
     "--moe-flex-dispatcher-backend": (_FLEX,),
+    "--moe-permute-fusion": (_TE,),
+    "--moe-router-fusion": (_TE,),
     "--moe-pad-expert-input-to-capacity": (_flag("--moe-expert-capacity-factor"),),
     "--moe-expert-rank-capacity-factor": (_FLEX,),
     "--moe-paged-stash": (_flag("--moe-expert-rank-capacity-factor"),),

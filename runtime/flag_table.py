@@ -54,7 +54,8 @@ _WORKS = """
 --no-masked-softmax-fusion --no-rope-fusion --no-initialization --bf16
 --recompute-granularity --recompute-method --recompute-num-layers --recompute-modules
 --micro-batch-size --global-batch-size --seq-length --train-iters --seed --num-workers --dataloader-type
---tokenizer-type --calculate-per-token-loss --rerun-mode --manual-gc --manual-gc-interval --exit-interval
+--tokenizer-type --split --data-cache-path --calculate-per-token-loss --rerun-mode --manual-gc --manual-gc-interval
+--exit-interval
 --optimizer --lr --min-lr --lr-decay-style --lr-decay-iters --lr-warmup-iters --weight-decay --clip-grad
 --adam-beta1 --adam-beta2 --adam-eps --sgd-momentum
 --override-opt_param-scheduler --use-checkpoint-opt_param-scheduler
@@ -104,9 +105,7 @@ _REFUSED = {
         "--optimizer-cpu-offload --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload "
         "--overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params"
     ),
-    "evaluation takes --eval-iters batches of each split": (
-        "--full-validation --multiple-validation-sets --validation-set-names"
-    ),
+    "evaluation takes --eval-iters batches of each split": ("--multiple-validation-sets --validation-set-names"),
     "the loader's order is planned, so a step can't be left out; remove the samples from the data": (
         "--iterations-to-skip"
     ),
@@ -160,7 +159,7 @@ _REFUSED = {
 _NO_EFFECT = {
     "data comes from --dataset-provider": (
         "--mock-data --data-path --train-data-path --valid-data-path --test-data-path --data-args-path "
-        "--per-split-data-args-path --per-dataset-sequences-path --data-cache-path --no-mmap-bin-files --split "
+        "--per-split-data-args-path --per-dataset-sequences-path --no-mmap-bin-files "
         "--dataloader-fast-cache-load --dataloader-defer-npy-index-mmap --dataloader-inter-document-masking "
         "--no-create-attention-mask-in-dataloader --num-dataset-builder-threads --object-storage-cache-path "
         "--mid-level-dataset-surplus --allow-ambiguous-pad-tokens --reset-position-ids --reset-attention-mask "

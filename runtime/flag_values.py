@@ -62,6 +62,7 @@ def value_refusals(args: Namespace, given: Mapping[str, Any]) -> list[str]:
         *_router(args),
         *_precision(args),
         *_batches(args),
+        *_structure(args, given),
         *unmet_needs(args),
     ]
 
@@ -167,5 +168,22 @@ def _batches(args: Namespace) -> list[str]:
     if args.log_memory_interval is not None and args.log_memory_interval % args.log_interval:
         problems.append(
             f"--log-memory-interval {args.log_memory_interval}: not a multiple of --log-interval {args.log_interval}"
+        )
+    return problems
+
+
+def _structure(args: Namespace, given: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if given.get("position_embedding_type", "rope") != "rope":
+        problems.append(
+            f"--position-embedding-type {args.position_embedding_type}: the architecture chooses the decoder's own; "
+            "leave it out"
+        )
+    # E embedding, t layer, m MTP, L loss; stages are parted by "|", and "(t|)*3" repeats.
+    strange = sorted(set(args.pipeline_model_parallel_layout or "") - set("EtmL|,*() 0123456789"))
+    if strange:
+        problems.append(
+            f"--pipeline-model-parallel-layout {args.pipeline_model_parallel_layout}: has {' '.join(strange)}; "
+            "layers are E, t, m and L"
         )
     return problems

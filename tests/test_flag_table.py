@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from random import Random
 
@@ -55,6 +56,14 @@ def test_flags_that_do_nothing_are_refused_unless_harmless() -> None:
                     # The other spelling of a flag with a --no- form too.
                     assert f"{flag.names[0]}: " in refused(name, *values)
     assert preflight([*BASE, "--use-mcore-models", "--use-flash-attn"], LAPTOP, 1).notices == []
+
+
+def test_flags_that_our_code_reads_are_not_said_to_do_nothing() -> None:
+    root = DOCUMENT.parents[1]
+    files = [path for room in ("data", "models", "runtime", "weights") for path in (root / room).rglob("*.py")]
+    read = set(re.findall(r"\bargs\.(\w+)", "".join(path.read_text() for path in [*files, root / "arguments.py"])))
+    idle = [flag for flag in megatron_flags() if flag_table()[flag.names[0]].reason]
+    assert [flag.names[0] for flag in idle if flag.dest in read] == []
 
 
 def test_one_notice_names_all_untested_flags() -> None:
@@ -144,5 +153,5 @@ def test_what_the_preflight_accepts_megatron_s_validation_accepts(lines, monkeyp
             pretrain_cfg_container_from_args(args)
         except (Exception, SystemExit) as error:
             raw[" ".join(flags)] = f"{type(error).__name__}: {error}"
-    assert raw == {}
+    assert "\n".join(f"{flags}: {error}" for flags, error in raw.items()) == ""
     assert accepted > PAIRS / 3  # so that it isn't all refused

@@ -29,7 +29,7 @@ ARCHITECTURE = VARIANTS["tiny"].replace(
         num_layers=1, hidden_size=64, num_attention_heads=4, ffn_hidden_size=64, num_position_embeddings=64
     ),
 )
-BASE = ("--micro-batch-size", "1", "--seq-length", "1024")
+BASE = ("--micro-batch-size", "1", "--seq-length", "1024", "--train-iters", "1", "--lr", "1e-3")
 
 
 def write_sound_folder(folder: Path, architecture: Qwen35VLConfig = ARCHITECTURE) -> None:

@@ -19,7 +19,7 @@ from weights.checkpoint import export_checkpoint, import_folder
 from weights.folder import FolderError
 
 CPU = Machine(gpus=0, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
-SIZES = ["--seq-length", "128", "--micro-batch-size", "2"]
+SIZES = ["--seq-length", "128", "--micro-batch-size", "2", "--train-iters", "1", "--lr", "1e-3"]
 NAME = "3.5-0.8B"
 
 
