@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,5 +112,5 @@ class BadSampleLog:
             )
 
 
-def _counted(broken: Counter[str] | dict[str, int]) -> str:
+def _counted(broken: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(broken.items()))

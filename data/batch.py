@@ -462,7 +462,7 @@ def with_tensors(batch: Batch, tensors: dict[str, Tensor]) -> Batch:
             {name: tensors.get(f"vision.{rank}.{name}", value) for name, value in of_rank.items()}
             for rank, of_rank in enumerate(batch.vision)
         )
-    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    own: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
     return replace(batch, vision=vision, **own)
 
 

@@ -17,6 +17,7 @@ def lengths_of(name: str, count: int, longest: int, seed: int = 0) -> np.ndarray
         ValueError: no such name.
     """
     numbers = np.random.default_rng(seed)
+    lengths: np.ndarray
     if name == "lognormal":
         lengths = numbers.lognormal(np.log(longest / 10), 1.0, count)
     elif name == "uniform":

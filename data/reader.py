@@ -196,6 +196,7 @@ class BatchReader(Iterator[Batch]):
             self.source.overdue |= {lost.sample for lost in flat.lost if lost.reason is Reason.TIMEOUT}
             self._log.count(self.source.planned_samples(mine, self.micro_batch_size), flat.lost)
             return flat
+        assert self._maker is not None  # made when the first batch was asked for
         verdict = self._verdicts.receive()
         if set(verdict) == {lost.place for lost in flat.lost}:
             return flat

@@ -44,13 +44,19 @@ def pad_batch(batch: Batch, shapes: StaticShapes, model_inputs: ModelInputs, pad
         batch: of one THD row, on one context-parallel rank.
         pad_token_id: input id and label of padding.
     """
+    assert batch.cu_seqlens is not None  # the preflight asks for packed rows
     lengths = batch.cu_seqlens.diff().tolist()
     missing = shapes.tokens - sum(lengths)
     if missing:
         lengths.append(missing)
-    vision = batch.vision and model_inputs.pad_vision(batch.vision[0], shapes.patches, shapes.frames)
-    if missing < 0 or len(lengths) > shapes.documents or (batch.vision and vision is None):
+    if missing < 0 or len(lengths) > shapes.documents:
         return batch
+    vision = None
+    if batch.vision is not None:
+        padded = model_inputs.pad_vision(batch.vision[0], shapes.patches, shapes.frames)
+        if padded is None:
+            return batch
+        vision = (padded,)
     lengths += [0] * (shapes.documents - len(lengths))
 
     def grow(tensor: Tensor, fill: int) -> Tensor:
@@ -70,7 +76,7 @@ def pad_batch(batch: Batch, shapes: StaticShapes, model_inputs: ModelInputs, pad
         cu_seqlens=F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32),
         chunk_indices=_padded_chunks(lengths),
         max_seqlen=shapes.tokens,
-        vision=(vision,) if batch.vision else None,
+        vision=vision,
         stats=replace(batch.stats, padding_tokens=batch.stats.padding_tokens + missing),
     )
 

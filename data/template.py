@@ -82,13 +82,13 @@ class ChatTemplate:
         Args:
             arguments: `--chat-template-kwargs`, a JSON object.
         """
-        return _cached(processor, processor.chat_template, arguments)
+        return _cached(processor, str(processor.chat_template), arguments)
 
     @cached_property
     def names(self) -> frozenset[str]:
         """Keys that the template looks up in a message; and "tools" and "tool" where it knows the variable and the
         role."""
-        text = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self._processor.chat_template)
+        text = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", str(self._processor.chat_template))
         try:
             tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
         except TemplateSyntaxError as error:

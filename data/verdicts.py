@@ -41,6 +41,7 @@ class Verdicts:
         for rank in range(1, self._group.size()):
             for part in parts:
                 work = dist.isend(part, group=self._group, group_dst=rank, tag=self._tag)
+                assert work is not None  # this rank is one of the group
                 self._sent.append((work, part))  # which has to live until it is sent
 
     def receive(self) -> list[int]:

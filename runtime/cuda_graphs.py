@@ -51,7 +51,7 @@ class GraphedFunction:
             self._output = function(self._inputs)
         self._output_grad = torch.zeros_like(self._output)
         for parameter in parameters:
-            parameter.grad_added_to_main_grad = False
+            vars(parameter)["grad_added_to_main_grad"] = False
         self._backward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._backward, pool=pool, capture_error_mode=_ERRORS):
             gradients = torch.autograd.grad(self._output, parameters, self._output_grad, allow_unused=True)
@@ -91,6 +91,7 @@ class _Replay(torch.autograd.Function):
 
 def _add_to_main_grad(parameter: nn.Parameter, gradient: Tensor | None) -> None:
     """What the hook of Megatron's DDP does with a gradient."""
-    added = parameter.grad_added_to_main_grad and not getattr(parameter, "zero_out_wgrad", False)
+    marks = vars(parameter)  # Megatron's own
+    added = marks["grad_added_to_main_grad"] and not getattr(parameter, "zero_out_wgrad", False)
     if gradient is not None and not added:
-        parameter.main_grad.add_(gradient)
+        marks["main_grad"].add_(gradient)

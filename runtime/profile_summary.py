@@ -70,14 +70,14 @@ class KernelSummary:
     def of(cls, kernels: Iterable[Kernel], *, keep: int = 40) -> KernelSummary:
         """Sum kernels up; `keep` names at most are listed one by one."""
         ordered = sorted(kernels, key=lambda kernel: kernel.start)
-        by_name: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+        by_name: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
         busy, end = 0, 0
         for kernel in ordered:
             stop = kernel.start + kernel.duration
             busy += max(0, stop - max(kernel.start, end))
             end = max(end, stop)
-            by_name[kernel.name][0] += kernel.duration * 1e-9
-            by_name[kernel.name][1] += 1
+            spent, count = by_name[kernel.name]
+            by_name[kernel.name] = (spent + kernel.duration * 1e-9, count + 1)
         summary = cls(busy_seconds=busy * 1e-9, launches=len(ordered))
         seconds: dict[str, float] = defaultdict(float)
         counts: dict[str, int] = defaultdict(int)

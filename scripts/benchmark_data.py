@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -34,6 +33,7 @@ from data.plan import PackPlan
 from data.receipts.processor import processor_for
 from data.sizes import Sizes, measure
 from models.qwen35_vl.configuration import VARIANTS
+from models.qwen35_vl.inputs import Qwen35VLInputs
 from runtime import quiet_libraries
 
 BUDGET = 4096  # tokens of a pack in the table of padding
@@ -84,7 +84,10 @@ def chats(path: Path, processor: Any, seq_length: int) -> ConversationDataset:
         train_on="all",
         chat_template_kwargs="{}",
     )
-    return DATASET_PROVIDERS["chat"].build(args, "train", processor, None)
+    inputs = Qwen35VLInputs(VARIANTS["tiny"])
+    dataset = DATASET_PROVIDERS["chat"].build(args, "train", processor, inputs)
+    assert isinstance(dataset, ConversationDataset)
+    return dataset
 
 
 def hf_inputs(rows: list[dict[str, Any]], folder: Path, processor: Any) -> Any:
@@ -215,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -86,7 +86,7 @@ class Clock:
     @property
     def steps(self) -> int:
         """Steps to make in all."""
-        return WARM_UP + self._options.steps + self._options.profile
+        return steps_of(self._options)
 
     def run(self, step: Callable[[], Any]) -> Any:
         """Make a step."""
@@ -133,12 +133,17 @@ def _resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def steps_of(options: Namespace) -> int:
+    """Steps that each side makes in all."""
+    return WARM_UP + options.steps + options.profile
+
+
 def training_flags(options: Namespace) -> list[str]:
     """The command line of pretrain_multimodal.py for this work."""
     flags = [
         *("--model-variant", options.variant, "--dataset-provider", "mock", "--use-packed-sequence"),
         *("--seq-length", str(options.seq_length), "--micro-batch-size", "1"),
-        *("--global-batch-size", str(options.micro_batches), "--train-iters", str(Clock(options, None).steps)),
+        *("--global-batch-size", str(options.micro_batches), "--train-iters", str(steps_of(options))),
         *("--lr", str(LEARNING_RATE), "--lr-decay-style", "constant", "--clip-grad", "1.0", "--weight-decay", "0.1"),
         *("--use-distributed-optimizer", "--eval-iters", "0", "--seed", str(options.seed), "--log-interval", "1"),
         *("--num-workers", "0" if options.fp32 else "2", "--logging-level", "30", "--manual-gc"),

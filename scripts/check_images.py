@@ -97,6 +97,7 @@ def evaluate(checkpoint: Path) -> None:
 
 def held_out(dataset: ConversationDataset, moved: bool) -> Iterator[Sample]:
     """The dataset's samples with only their values trained; `moved` gives each the image of another receipt."""
+    from data.conversation import Conversation
     from data.sample import Outcome, build_sample, value_mask
 
     count = len(dataset)
@@ -104,10 +105,13 @@ def held_out(dataset: ConversationDataset, moved: bool) -> Iterator[Sample]:
     donor = {index: order[(place + 1) % count] for place, index in enumerate(order)}
     for index in range(count):
         conversation = dataset.conversations[index]
+        assert isinstance(conversation, Conversation)  # receipts are
         if moved:
             question, answer = conversation.messages
             text = question["content"][1:]
-            image = dataset.conversations[donor[index]].messages[0]["content"][:1]
+            other = dataset.conversations[donor[index]]
+            assert isinstance(other, Conversation)
+            image = other.messages[0]["content"][:1]
             conversation = replace(conversation, messages=[{**question, "content": image + text}, answer])
         sample, outcome = build_sample(conversation, dataset.processor, dataset.options)
         if sample is None or outcome is not Outcome.WHOLE:

@@ -61,7 +61,7 @@ def read_arguments() -> Namespace:
 def main() -> None:
     args = read_arguments()
     quiet_libraries()
-    from data.conversation import message_text
+    from data.conversation import Conversation, message_text
     from evaluation.fields import majorities, score
     from evaluation.model import HfModel, weights_folder
 
@@ -71,7 +71,8 @@ def main() -> None:
         held_out = open_dataset(args, args.split, model)
         samples, truths = encode(held_out, args.samples)
         training = open_dataset(args, "train", model).conversations
-        guesses = majorities(message_text(training[index].messages[-1]) for index in range(len(training)))
+        chats = (training[index] for index in range(len(training)))
+        guesses = majorities(message_text(chat.messages[-1]) for chat in chats if isinstance(chat, Conversation))
     except ValueError as error:
         sys.exit(f"Refused: {error}")
     loss, tokens, answers = measure(model, samples, args.batch_size, args.max_new_tokens)
@@ -114,7 +115,7 @@ def encode(dataset: ConversationDataset, count: int | None) -> tuple[list[Sample
     Raises:
         ValueError: none is left, or a conversation ends with a question.
     """
-    from data.conversation import message_text
+    from data.conversation import Conversation, message_text
     from data.sample import Outcome, build_sample
 
     samples: list[Sample] = []
@@ -122,7 +123,7 @@ def encode(dataset: ConversationDataset, count: int | None) -> tuple[list[Sample
     left_out: list[str] = []
     for index in range(min(count or len(dataset), len(dataset))):
         conversation = dataset.conversations[index]
-        if conversation.messages[-1]["role"] != "assistant":
+        if not isinstance(conversation, Conversation) or conversation.messages[-1]["role"] != "assistant":
             raise ValueError(f"{conversation.id}: doesn't end with an answer, so there is nothing to match")
         sample, outcome = build_sample(conversation, dataset.processor, dataset.options)
         if sample is None or outcome is not Outcome.WHOLE:

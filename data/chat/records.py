@@ -34,9 +34,14 @@ class Rows(Protocol):
     folder: that paths in a row are relative to; None where they can't be relative.
     """
 
-    name: str
-    fingerprint: str
-    folder: Path | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def folder(self) -> Path | None: ...
 
     def __len__(self) -> int: ...
 

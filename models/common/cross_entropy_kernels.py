@@ -49,7 +49,9 @@ def logits_to_grads(logits: Tensor, columns: Tensor, start: int, maximum: Tensor
 
 
 @triton.jit(do_not_specialize=["start", "width"])
-def _add_chunk(logits, columns, start, width, maximum, total, target, best, BLOCK: tl.constexpr):
+def _add_chunk(  # type: ignore[no-untyped-def]  # Triton types it by its arguments
+    logits, columns, start, width, maximum, total, target, best, BLOCK: tl.constexpr
+):
     row = tl.program_id(0)
     base = logits + row.to(tl.int64) * width
     largest = tl.load(maximum + row)
@@ -74,7 +76,9 @@ def _add_chunk(logits, columns, start, width, maximum, total, target, best, BLOC
 
 
 @triton.jit(do_not_specialize=["start", "width"])
-def _logits_to_grads(logits, columns, start, width, maximum, total, scale, BLOCK: tl.constexpr):
+def _logits_to_grads(  # type: ignore[no-untyped-def]  # Triton types it by its arguments
+    logits, columns, start, width, maximum, total, scale, BLOCK: tl.constexpr
+):
     row = tl.program_id(0)
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     address = logits + row.to(tl.int64) * width + places

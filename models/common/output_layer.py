@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from models.common import parallel_layers
 from models.common.linear_cross_entropy import IGNORED, linear_cross_entropy
@@ -26,6 +27,10 @@ class ColumnParallelLinear(parallel_layers.ColumnParallelLinear):
     """
 
     keep_logits: bool = False
+    # Set by megatron-core's constructor.
+    weight: Tensor
+    tp_group: ProcessGroup
+    gradient_accumulation_fusion: bool
 
     def forward(
         self,
@@ -89,13 +94,14 @@ def let_compute_losses(layer: parallel_layers.ColumnParallelLinear, *, keep_logi
         raise ValueError(f"the output layer is a {type(layer).__name__}; leave out --fp8-output-proj")
     refused: dict[str, Any] = {
         "--defer-embedding-wgrad-compute": layer.config.defer_embedding_wgrad_compute,
-        "--gtp-weight-remat-size": layer.gtp_remat_size > 1,
+        "--gtp-weight-remat-size": vars(layer)["gtp_remat_size"] > 1,
         "--use-mup": layer.config.use_mup,
         "--cpu-offloading-num-layers": layer.config.cpu_offloading,
     }
     if given := [flag for flag, value in refused.items() if value]:
         raise ValueError(f"{', '.join(given)}: the output layer and its loss are one operation here; leave it out")
     layer.__class__ = ColumnParallelLinear
+    assert isinstance(layer, ColumnParallelLinear)  # now it is
     layer.keep_logits = keep_logits
 
 
@@ -109,4 +115,4 @@ def fuse_weight_gradients(model: nn.Module) -> None:
         if isinstance(module, ColumnParallelLinear):
             module.gradient_accumulation_fusion = True
         elif hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's
-            module.fuse_wgrad_accumulation = True
+            vars(module)["fuse_wgrad_accumulation"] = True

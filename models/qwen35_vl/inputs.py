@@ -122,8 +122,9 @@ def pad_vision_inputs(vision: dict[str, Tensor | int], patches: int, frames: int
         The arguments with [patches, ...] tensors, cu_seqlens [frames + 1], max_seqlen = patches; None where they
         don't fit.
     """
-    borders = vision["cu_seqlens"]
-    count, largest = int(borders[-1]), vision["max_seqlen"]
+    borders, largest = vision["cu_seqlens"], vision["max_seqlen"]
+    assert isinstance(borders, Tensor) and isinstance(largest, int)  # as `vision_inputs` makes them
+    count = int(borders[-1])
     missing = patches - count
     added = [*range(count + largest, patches, largest), patches] if missing > 0 else []
     if missing < 0 or len(borders) - 1 + len(added) > frames:
