@@ -128,9 +128,9 @@ def _build_readers(
 
     train = valid = test = None
     if not args.skip_train:
-        reader = split("train", args.micro_batch_size, args.global_batch_size, 0)
-        _resume(reader.source, args)
-        train = reader
+        train = split("train", args.micro_batch_size, args.global_batch_size, 0)
+        assert train is not None  # only evaluation may have no data
+        _resume(train.source, args)
         # Not in the checkpoint's own folder: an mp_rank_* there makes Megatron take an fsdp_dtensor checkpoint for
         # another kind.
         args.dataloader_save = str(Path(args.save) / checkpoints.DATA) if args.save else None

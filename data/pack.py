@@ -148,7 +148,10 @@ class IndexedPacks:
             raise BadSample(Reason.TIMEOUT, f"{self.name}, row {row}: took too long once, and is left out for good")
         try:
             with time_limit(self._timeout, _Overdue()):
-                loaded = self._dataset.sample(row, part) if self._has_parts else self._dataset[row]
+                if self._plan.sizes.parts is not None and isinstance(self._dataset, RowsOfSamples):
+                    loaded = self._dataset.sample(row, part)
+                else:
+                    loaded = self._dataset[row]
         except _Overdue:
             raise BadSample(
                 Reason.TIMEOUT, f"{self.name}, row {row}: more than {self._timeout:g} seconds (--sample-timeout)"
@@ -168,10 +171,6 @@ class IndexedPacks:
                 "measured; delete the sizes-* files in --data-cache-path",
             )
         return loaded
-
-    @property
-    def _has_parts(self) -> bool:
-        return self._plan.sizes.parts is not None and isinstance(self._dataset, RowsOfSamples)
 
 
 class _Overdue(BaseException):
