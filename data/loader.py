@@ -192,12 +192,14 @@ def _ranks(device: torch.device) -> Ranks:
         )
     stages = None
     if mpu.get_pipeline_model_parallel_world_size() > 1:
-        # One group for each place in a stage; only that of the first ones, which load, carries messages.
-        stages = dist.new_group(
-            dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group()),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
+        # Made by all ranks in one order: torch names a group that is made by its members alone after the number of
+        # groups that they have, and pipeline stages have different ones.
+        own = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
+        pipelines: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(pipelines, tuple(own) if group.rank() == 0 else None)
+        for ranks in sorted(set(pipelines) - {None}):
+            made = dist.new_group(list(ranks), backend="gloo")
+            stages = made if dist.get_rank() in ranks else stages
     return Ranks(
         data_rank=mpu.get_data_parallel_rank(),
         data_size=mpu.get_data_parallel_world_size(),
