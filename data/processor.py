@@ -54,6 +54,9 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
         raise ValueError(f"{flag} {path}: it has no image processor; give a vision-language model's")
     _use_areas(processor.image_processor, f"{flag} {path}")
+    if processor.chat_template is None:
+        # Folders of transformers 4 may have it in tokenizer_config.json alone.
+        processor.chat_template = processor.tokenizer.chat_template
     if problem := template_problem(processor):
         raise ValueError(f"{flag} {path}: {problem}")
     tokenizer = processor.tokenizer
@@ -66,11 +69,6 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
                 "set pad_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    if processor.chat_template is None:
-        # Folders of transformers 4 may have it in tokenizer_config.json alone.
-        processor.chat_template = tokenizer.chat_template
-    if processor.chat_template is None:
-        raise ValueError(f"{flag} {path}: it has no chat template; copy the one of the model that it belongs to")
     return processor
 
 

@@ -236,7 +236,7 @@ REFUSED = {
     "local rank": ({"LAUNCHER": "python", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK=x: expected a number"),
     "threads": ({"OMP_NUM_THREADS": "abc"}, "OMP_NUM_THREADS=abc: expected a number from 1 on"),
     "no threads": ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS=0: expected a number from 1 on"),
-    "format": ({"CKPT_FORMAT": "torch_dst"}, "--ckpt-format torch_dst: no such name; did you mean torch_dist?"),
+    "format": ({"CKPT_FORMAT": "torch_dst"}, "argument --ckpt-format: invalid choice: 'torch_dst'"),
     "output": ({"OUTPUT_DIR": f"{SCRIPT}/run"}, f"--save {SCRIPT}/run/checkpoints: {SCRIPT} is a file"),
     "read-only output": ({"OUTPUT_DIR": "/proc/run"}, "--save /proc/run/checkpoints: /proc can't be written"),
     "events": ({"TENSORBOARD_LOGS_PATH": str(SCRIPT)}, f"--tensorboard-dir {SCRIPT}: {SCRIPT} is a file"),

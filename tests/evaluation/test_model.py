@@ -273,7 +273,7 @@ def test_images_that_cannot_be_asked_about(
             model.question("What is it?", [file], max_new_tokens=24)
     assert len(model.question("What is it?", [large], max_new_tokens=24, max_pixels=64 * 64).pixel_values) == 16
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"large.png can't be read: .*exceeds limit"):
+    with pytest.raises(ValueError, match=r"large\.png: .*exceeds limit"):
         model.question("What is it?", [large], max_new_tokens=24)
 
 

@@ -64,6 +64,7 @@ def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
     command_line = arguments.preflight_or_exit([*FLAGS, *flags, "--context-parallel-size", str(ranks)])
     args = arguments.parse(command_line)
     spec, config = command_line.spec, command_line.config
+    args.curr_iteration = 0  # as the training loop has it
     train, _, _ = dataset_provider(args, spec.model_inputs(config), None)([None, None, None])
     (model,) = get_model(partial(model_provider, spec, config, args), ModelType.encoder_or_decoder)
     next(train)  # starts the worker
@@ -80,10 +81,10 @@ def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
     assert all(parameter.main_grad.any() for parameter in model.module.vision_model.parameters())
     if dist.get_rank() == 0:
         print(f"{ranks} ranks: {dict(collectives)}, {dict(syncs)}", flush=True)
-    from_loader = {name: count for (file, name), count in collectives.items() if file == "data/loader.py"}
+    from_loader = {name: count for (file, name), count in collectives.items() if file == "data/reader.py"}
     assert from_loader == ({"broadcast": 2 * MICRO_BATCHES} if ranks > 1 else {}), collectives
     # The header of a batch, a host tensor by construction.
-    from_header = [key for key in syncs if key[0].startswith("data/loader.py") and key[1] == "numpy"]
+    from_header = [key for key in syncs if key[0].startswith("data/reader.py") and key[1] == "numpy"]
     assert sum(syncs.pop(key) for key in from_header) == (MICRO_BATCHES if ranks > 1 else 0)
     assert not syncs, syncs
 
