@@ -32,8 +32,6 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "the same, fp32": tuple(GENERATIONS),
     "import, export": tuple(GENERATIONS),
     "import, `--load`, `--save`, export": tuple(GENERATIONS),
-    "TP 2 to PP 2 (EP 2 to DP 2)": tuple(GENERATIONS),
-    "FSDP, 2 ranks": tuple(GENERATIONS),
 }
 
 
