@@ -86,7 +86,7 @@ def test_generate_answers(run: Run, folder: Path, drawn: Path, tmp_path: Path, m
 def test_generate_refuses(run: Run, folder: Path, tmp_path: Path) -> None:
     for load, image, reason in (
         (tmp_path / "nowhere", ROOT / "README.md", "no such folder"),
-        (folder, ROOT / "README.md", "README.md can't be read: cannot identify image file"),
+        (folder, ROOT / "README.md", "README.md: not an image of a format that is opened"),
     ):
         with pytest.raises(SystemExit, match=f"Refused: .*{reason}"):
             run("generate.py", "--load", load, "--image", image, "--prompt", "What is it?")

@@ -95,5 +95,6 @@ def test_pipeline_stages_agree_on_packed_lengths(packed: bool, stages: int, expe
         build_model=lambda args, config, language_config, **stage: language_config,
     )
     args = Namespace(use_packed_sequence=packed, pipeline_model_parallel_size=stages, init_model_with_meta_device=False)
+    args.freeze = args.lora_rank = None
     model = model_provider(spec, None, args, config=Namespace(), pg_collection="groups")
     assert model.variable_seq_lengths is expected
