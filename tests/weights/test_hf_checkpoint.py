@@ -283,6 +283,7 @@ def test_checkpoints_that_can_not_be_read(imported: Path, tmp_path: Path) -> Non
     (copy / "release/.metadata").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"release/\.metadata"):
         export_checkpoint(copy, tmp_path / "out", quiet=True)
+    shutil.copytree(imported / "release", copy / "release", dirs_exist_ok=True)
     shutil.rmtree(copy / "hf")
     with pytest.raises(CheckpointError, match="has no hf/ folder"):
         export_checkpoint(copy, tmp_path / "out", quiet=True)
@@ -298,7 +299,7 @@ def test_a_checkpoint_s_index_runs_nothing(imported: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     copy = Path(shutil.copytree(imported, tmp_path / "copy"))
     (copy / "release/.metadata").write_bytes(pickle.dumps(Exploit()))
-    with pytest.raises(CheckpointError, match=r"\.metadata: .*which no checkpoint does"):
+    with pytest.raises(CheckpointError, match=r"\.metadata can't be read: .*which no checkpoint does"):
         export_checkpoint(copy, tmp_path / "out", quiet=True)
     assert not (tmp_path / "owned").exists()
 
