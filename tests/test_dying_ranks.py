@@ -20,9 +20,9 @@ PROGRAM = """
 import os, signal, sys, time
 import pretrain_multimodal
 from forward_step import ForwardStep
-from data import loader
+from data import reader
 how = sys.argv[1]
-call, batch, calls = ForwardStep.__call__, loader.MicroBatches.__iter__, []
+call, batch, calls = ForwardStep.__call__, reader.MicroBatches.__iter__, []
 
 def failing(self, *args):
     calls.append(1)
@@ -41,7 +41,7 @@ def dying_worker(self):
         yield item
 
 if how == "worker":
-    loader.MicroBatches.__iter__ = dying_worker
+    reader.MicroBatches.__iter__ = dying_worker
 else:
     ForwardStep.__call__ = failing
 if __name__ == "__main__":
