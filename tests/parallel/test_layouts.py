@@ -80,7 +80,7 @@ CASES = [
 ]
 
 # One whose documents have a micro-batch without an image, and whose routers have no near ties.
-SEED = ("--", "--seed", "2")
+SEED = ("--", "--seed", "5")
 
 type Results = dict[str, dict[str, Any]]
 
