@@ -1,4 +1,4 @@
-"""The command line: our flags, the architecture's expansion to Megatron's, and all early refusals.
+"""The command line: our flags (each room's flags.py), the architecture's expansion to Megatron's, and all early refusals.
 
 What reaches Megatron's parser is, in this order: what the harness always needs, what this machine needs, the
 architecture (`--model-variant` or `--hf-config`), the user's flags. The last word wins, so an explicit flag beats
@@ -20,18 +20,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data import DATASET_PROVIDERS, TRAIN_ON, is_own_provider
+from data import DATASET_PROVIDERS, is_own_provider
+from data.flags import DEFAULT_PROVIDER
+from data.flags import add_flags as add_data_flags
 from data.preflight import refusals as data_refusals
 from data.processor_files import processor_refusals
 from models import MODEL_REGISTRY, ModelConfig, ModelSpec
+from models.flags import DEFAULT_ARCH
+from models.flags import add_flags as add_model_flags
 from runtime import checkpoints, launch_environment
 from runtime.flag_table import refused_flags, untested_flags
 from runtime.flag_values import value_refusals
+from runtime.flags import add_flags as add_runtime_flags
 from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
 from weights.adapter_check import implied_by_adapter, tuning_refusals
 from weights.check import DESCRIPTION, HfSource, described, is_hub_name, local_folder
+from weights.flags import add_flags as add_weights_flags
 from weights.folder import FolderError, has_processor, read_config, tensor_names
 from weights.refusals import checkpoint_refusals, flag_refusals, open_source
 
@@ -47,7 +53,6 @@ ALWAYS = (
     # Its default keeps all of a step's micro-batches on the device, pixels included, to run a suspect step again.
     *("--rerun-mode", "disabled"),
 )
-DEFAULT_ARCH, DEFAULT_PROVIDER = "qwen35_vl", "mock"
 # Accepted so that existing command lines run; the value is what does their job now.
 RETIRED = {
     "--use-vanilla-collate-fn": "data/batch.py collates every batch; --use-packed-sequence chooses THD",
@@ -65,263 +70,9 @@ class Refused(Exception):
 
 def add_multimodal_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the harness' own flags to Megatron's parser (its `extra_args_provider`)."""
-    _add_model_args(parser)
-    _add_data_args(parser)
-    _add_checkpoint_args(parser)
-    _add_hf_args(parser)
-    _add_tuning_args(parser)
+    for add_flags in (add_model_flags, add_data_flags, add_runtime_flags, add_weights_flags):
+        add_flags(parser)
     return parser
-
-
-def _add_checkpoint_args(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("checkpoints")
-    group.add_argument(
-        "--keep-last",
-        type=int,
-        default=None,
-        metavar="N",
-        help="Keep the last N checkpoints in --save; older ones are deleted when a newer one is complete",
-    )
-    group.add_argument(
-        "--overwrite-checkpoints",
-        action="store_true",
-        help="Delete an older run's checkpoints in --save when this run starts; without it, they are a refusal",
-    )
-    parser.add_argument_group("faults").add_argument(
-        "--dump-bad-batch",
-        default=None,
-        metavar="DIR",
-        help="Save the batch whose gradients have NaN or infinity in DIR; keeps a step's batches on the device",
-    )
-
-
-def _add_model_args(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model-arch", default=DEFAULT_ARCH, help="Architecture: a name in models.MODEL_REGISTRY")
-    group.add_argument(
-        "--model-variant",
-        default=None,
-        help="Size: the variant's numbers become Megatron flags, which explicit flags override",
-    )
-    group.add_argument(
-        "--hf-config",
-        default=None,
-        metavar="DIR",
-        help="Take the numbers from DIR/config.json instead of a variant's",
-    )
-    group.add_argument("--vision-num-layers", type=int, default=None, help="Layers of the ViT; default: the variant's")
-    group.add_argument(
-        "--image-token-id",
-        type=int,
-        default=None,
-        help="Override the architecture's id of the image placeholder; one that the processor contradicts is refused",
-    )
-    group.add_argument(
-        "--recompute-vision",
-        action="store_true",
-        help="Recompute every ViT layer in backward; the decoder has Megatron's --recompute-* flags",
-    )
-    group.add_argument(
-        "--redundant-vision",
-        action="store_true",
-        help="Every context-parallel rank encodes all images; default: the ranks share them, each is encoded once",
-    )
-    group.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="Run each training micro-batch as two CUDA graphs; packs are padded to --seq-length tokens and "
-        "--max-patches-per-pack patches",
-    )
-    group.add_argument(
-        "--fuse-weight-gradients",
-        action="store_true",
-        help="Transformer Engine's linears and the output layer add weight gradients to Megatron's float32 ones where "
-        "they are made (Megatron's --gradient-accumulation-fusion, which needs Apex, is the other linears')",
-    )
-    group.add_argument(
-        "--keep-logits",
-        action="store_true",
-        help="Keep the logits of trained tokens in the model's dtype for backward, rather than compute them again: a "
-        "matrix product less, for 2 bytes x vocabulary / TP x trained tokens of a micro-batch (and as much per MTP "
-        "depth) of memory",
-    )
-    group.add_argument(
-        "--allow-slow-kernels",
-        action="store_true",
-        help="On a GPU, run plain torch kernels where flash-linear-attention or Transformer Engine is missing, and "
-        "Transformer Engine's plain attention where it has no fused one",
-    )
-    group.add_argument(
-        "--no-moe-fusion",
-        action="store_true",
-        help="Leave out --moe-permute-fusion and --moe-router-fusion, which Transformer Engine gets by default",
-    )
-
-
-def _add_data_args(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset-provider",
-        default=DEFAULT_PROVIDER,
-        help="Where samples come from: mock, receipts, cord_v2, chat, or package.module:function of your own",
-    )
-    group.add_argument(
-        "--dataset-path",
-        nargs="+",
-        default=None,
-        metavar="PATH",
-        help="Files, folders, glob patterns or hub names of the data (chat takes several); default: the provider's",
-    )
-    group.add_argument(
-        "--media-root",
-        default=None,
-        metavar="DIR",
-        help="What the paths of chat's images are relative to; default: the folder of the file that names them",
-    )
-    group.add_argument(
-        "--train-on",
-        choices=TRAIN_ON,
-        default="all",
-        help="Answers of a conversation that are trained: all, the last, or exact: each after the very tokens that "
-        "inference would give the model, in samples of its own where need be",
-    )
-    group.add_argument(
-        "--chat-template-kwargs",
-        default="{}",
-        metavar="JSON",
-        help='Arguments of the chat template, such as {"enable_thinking": false}; checkpoints keep them',
-    )
-    group.add_argument(
-        "--on-bad-sample",
-        choices=("skip", "fail"),
-        default="skip",
-        help="A sample that can't be read: skip and count it, or end the run",
-    )
-    group.add_argument(
-        "--max-bad-fraction",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="Broken samples that --on-bad-sample skip bears, of all that were measured or loaded",
-    )
-    group.add_argument(
-        "--sample-timeout",
-        type=float,
-        default=120.0,
-        metavar="SECONDS",
-        help="A sample that takes longer to load is skipped as broken; 0: no limit",
-    )
-    group.add_argument(
-        "--hf-processor-path",
-        default=None,
-        help="Folder or hub name of a HF processor; default: one built in the repo for the variant's vocabulary",
-    )
-    group.add_argument(
-        "--use-packed-sequence",
-        action="store_true",
-        help="Pack documents into THD rows; without it, one sample per row, padded to --seq-length",
-    )
-    group.add_argument(
-        "--max-patches-per-pack",
-        type=int,
-        default=None,
-        help="Image patches in a pack at most, besides its budget of --seq-length tokens; default: tokens alone",
-    )
-    group.add_argument("--image-size", type=int, default=224, help="Height and width of mock's images in pixels")
-    group.add_argument(
-        "--image-seq-length",
-        type=int,
-        default=256,
-        help="Image tokens in a mock sample at most, in whole images; 0: text only",
-    )
-    group.add_argument("--min-pixels", type=int, default=None, help="Images are enlarged to at least this many pixels")
-    group.add_argument("--max-pixels", type=int, default=None, help="Images are shrunk to at most this many pixels")
-    group.add_argument(
-        "--strict-special-mask",
-        action="store_true",
-        help="Train on no special token, as the in-tree example; default: <|im_end|> after an answer is trained",
-    )
-    group.add_argument(
-        "--loader-timeout-minutes",
-        type=float,
-        default=10.0,
-        help="End the run when the loader's workers give no batch for so long",
-    )
-    group.add_argument("--use-vanilla-collate-fn", action="store_true", help="No effect; a notice says why")
-    group.add_argument("--total-seq-length", type=int, default=None, help="No effect; a notice says what does it now")
-
-
-def _add_hf_args(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("HuggingFace weights")
-    group.add_argument(
-        "--load-hf",
-        default=None,
-        metavar="DIR",
-        help="Start from this folder's (or hub name's) weights, config.json and processor; an existing checkpoint of "
-        "--load goes on instead",
-    )
-    group.add_argument(
-        "--save-hf",
-        default=None,
-        metavar="DIR",
-        help="Write the trained model as a HuggingFace folder when training ends; DIR must not be there yet",
-    )
-    group.add_argument(
-        "--save-hf-interval",
-        type=int,
-        default=None,
-        metavar="N",
-        help="Write DIR/iter_0000100 and so on instead: every N iterations, and at the end",
-    )
-    group.add_argument(
-        "--max-shard-size", default="5GB", help="Size of a safetensors file of --save-hf at most, 5GB or 300MB"
-    )
-    group.add_argument(
-        "--allow-nonfinite-weights", action="store_true", help="Accept NaN and infinity in --load-hf's weights"
-    )
-
-
-def _add_tuning_args(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("what is trained")
-    group.add_argument(
-        "--freeze",
-        nargs="+",
-        default=None,
-        metavar="GROUP",
-        help="Don't train these: vision, projector, language, embeddings, or a regular expression that is searched for "
-        "in HuggingFace's tensor names",
-    )
-    group.add_argument(
-        "--lr-mult",
-        nargs="+",
-        default=None,
-        metavar="GROUP=FACTOR",
-        help="Multiply --lr and --min-lr for these, named as for --freeze: vision=0.1",
-    )
-    group.add_argument(
-        "--lora-rank", type=int, default=None, metavar="R", help="Train LoRA adapters of this rank alone"
-    )
-    group.add_argument("--lora-alpha", type=float, default=None, help="Scale is alpha / rank; default: the rank")
-    group.add_argument("--lora-dropout", type=float, default=0.0, help="Share of an adapter's input that is dropped")
-    group.add_argument(
-        "--lora-targets",
-        nargs="+",
-        default=["all-linear"],
-        metavar="MODULE",
-        help="HuggingFace's linear modules, by name or the end of one (q_proj), or mtp; default: all-linear, every "
-        "linear module of the decoder but the output layer and MTP",
-    )
-    group.add_argument("--lora-vision", action="store_true", help="Adapt the ViT's and the merger's linears too")
-    group.add_argument("--lora-rslora", action="store_true", help="Scale is alpha / sqrt(rank)")
-    group.add_argument(
-        "--lora-experts", action="store_true", help="Adapt the routed experts too, as peft's target_parameters"
-    )
-    group.add_argument(
-        "--load-adapter", default=None, metavar="DIR", help="Start from this peft adapter, with its own options"
-    )
-    group.add_argument(
-        "--save-adapter", default=None, metavar="DIR", help="Write the adapter in peft's format when training ends"
-    )
 
 
 @dataclass(frozen=True)
@@ -401,10 +152,10 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
     """
     given = _read(argv)
     try:
-        argv = [*implied_by_adapter(given), *argv]
+        from_adapter = implied_by_adapter(given)
     except FolderError as error:
         raise Refused([str(error)]) from error
-    given = _read(argv)
+    argv, given = [*from_adapter, *argv], _read(from_adapter) | given
     weights_are_here = with_weights or "load_hf" not in given or not is_hub_name(given["load_hf"])
     implied = _implied_by_hf_folder(given, with_weights)
     spec, base, chosen = _architecture({**implied, **given})
