@@ -1,4 +1,4 @@
-"""The command line: our flags (each room's flags.py), the architecture's expansion to Megatron's, and all early refusals.
+"""The command line: our flags (each room's flags.py), the architecture's as Megatron's, and all early refusals.
 
 What reaches Megatron's parser is, in this order: what the harness always needs, what this machine needs, the
 architecture (`--model-variant` or `--hf-config`), the user's flags. The last word wins, so an explicit flag beats
