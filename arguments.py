@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import sys
+import traceback
 import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping
@@ -106,7 +107,8 @@ def parse(command_line: CommandLine) -> Namespace:
     Returns:
         Megatron's validated arguments with ours; also what `megatron.training.get_args()` gives from now on.
     """
-    args = resolve(command_line)
+    with _exit_when_refused():
+        args = resolve(command_line)
     from megatron.training.global_vars import set_global_variables
 
     set_global_variables(args)
@@ -114,11 +116,16 @@ def parse(command_line: CommandLine) -> Namespace:
 
 
 def resolve(command_line: CommandLine) -> Namespace:
-    """`parse` without Megatron's global state: callable many times in one process."""
+    """`parse` without Megatron's global state: callable many times in one process.
+
+    Raises:
+        Refused: Megatron's own validation refuses what the preflight accepted.
+    """
     if "transformer_engine" not in command_line.words:  # --transformer-impl local: known and chosen
         warnings.filterwarnings(
             "ignore", "(Transformer Engine and )?Apex (are|is) not installed|Only transformer-engine"
         )
+    from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args, validate_args
 
     with _command_line(command_line.words):
@@ -127,8 +134,11 @@ def resolve(command_line: CommandLine) -> Namespace:
     args.mtp_num_layers = args.mtp_num_layers or None
     # Megatron has no flag for it, and else leaves what a checkpoint lacks at random values.
     args.strict_fsdp_dtensor_load = True
-    with _without_listing() if args.save else nullcontext():
-        validate_args(args)
+    with _validated_by_megatron():
+        with _without_listing() if args.save else nullcontext():
+            validate_args(args)
+        # What the layers' configuration asserts, seconds before the model is built from it.
+        core_transformer_config_from_args(args)
     if args.rank == 0:
         for notice in command_line.notices:
             print(f"notice: {notice}", file=sys.stderr)
@@ -213,15 +223,12 @@ def preflight_or_exit(argv: list[str], *, with_weights: bool = False) -> Command
     if "-h" in argv or "--help" in argv:
         _print_help()
         raise SystemExit(0)
-    try:
+    with _exit_when_refused():
         try:
             world_size = launch_environment.world_size()
         except ValueError as error:
             raise Refused([str(error)]) from error
         return preflight(argv, detect(), world_size, with_weights=with_weights)
-    except Refused as refused:
-        print(refused, file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
 
 
 def machine_flags(args: Namespace, machine: Machine) -> list[str]:
@@ -386,6 +393,27 @@ def _command_line(argv: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = saved
+
+
+@contextmanager
+def _exit_when_refused() -> Iterator[None]:
+    try:
+        yield
+    except Refused as refused:
+        print(refused, file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def _validated_by_megatron() -> Iterator[None]:
+    """What Megatron asserts becomes a refusal; an assertion without words is quoted."""
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise Refused(
+            [f"Megatron's validation ({Path(where.filename).name}:{where.lineno}): {error or where.line}"]
+        ) from error
 
 
 @contextmanager

@@ -135,6 +135,7 @@ _REFUSED = {
         "--non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo --replication --replication-jump "
         "--replication-factor --enable-msc"
     ),
+    "gradients are added up in float32 in any case": "--ddp-param-name-patterns-for-fp32-local-accumulation",
     "there is no distillation here": (
         "--logits-save-top-k --logits-save-top-p --logits-save-top-p-min-k --logits-save-dir --logits-save-dtype "
         "--logits-load-dir"

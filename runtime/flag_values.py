@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.flag_needs import unmet_needs
 from runtime.megatron_flags import Flag, dest_of, megatron_flags
+from runtime.recomputation import recomputation_refusals
 
 # Flag -> the least that it can be; other numbers of the schedule and of the logs may be anything.
 _LEAST: Mapping[str, float] = {
@@ -63,6 +64,7 @@ def value_refusals(args: Namespace, given: Mapping[str, Any]) -> list[str]:
         *_precision(args),
         *_batches(args),
         *_structure(args, given),
+        *recomputation_refusals(args),
         *unmet_needs(args),
     ]
 
@@ -134,6 +136,11 @@ def _router(args: Namespace) -> list[str]:
         problems.append("--moe-token-dispatcher-type flex: exchanges tokens of several ranks; use alltoall")
     kinds = args.moe_router_load_balancing_type
     kinds = kinds if isinstance(kinds, list) else [kinds]
+    if args.moe_router_topk == 1 and args.moe_router_score_function == "softmax" and not args.moe_router_pre_softmax:
+        problems.append(
+            "--moe-router-topk 1: the softmax over one chosen expert is constant, so the router would learn nothing; "
+            "add --moe-router-pre-softmax"
+        )
     if "global_aux_loss" in kinds:
         problems.append(
             "--moe-router-load-balancing-type global_aux_loss: megatron-core 0.19.2 counts tokens of uneven "
@@ -174,6 +181,8 @@ def _batches(args: Namespace) -> list[str]:
 
 def _structure(args: Namespace, given: Mapping[str, Any]) -> list[str]:
     problems = []
+    if str(args.attention_backend).endswith("local"):
+        problems.append("--attention-backend local: the pinned Megatron takes it with its own --spec alone; use auto")
     if given.get("position_embedding_type", "rope") != "rope":
         problems.append(
             f"--position-embedding-type {args.position_embedding_type}: the architecture chooses the decoder's own; "

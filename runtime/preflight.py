@@ -372,6 +372,8 @@ def _pipeline(args: Namespace) -> list[str]:
 
 def _checkpoint(args: Namespace, start: checkpoints.Start) -> list[str]:
     problems = []
+    if args.ckpt_format == "torch_dcp":
+        problems.append("--ckpt-format torch_dcp: of torch's FSDP, not built here; use torch_dist (CKPT_FORMAT)")
     if args.use_megatron_fsdp != (args.ckpt_format == "fsdp_dtensor"):
         wanted = "fsdp_dtensor" if args.use_megatron_fsdp else "torch_dist"
         problems.append(

@@ -69,9 +69,10 @@ def _freezing(args: Namespace, spec: ModelSpec[Any], config: ModelConfig) -> lis
         return [f"{flag} with --lora-rank: LoRA trains its adapters alone; drop one" for flag in given]
     if args.lr_mult and args.decoupled_lr is not None:
         return ["--lr-mult with --decoupled-lr: both set rates; --lr-mult embeddings=FACTOR does the latter's job"]
-    groups, mapping = spec.hf_weights.groups, spec.hf_weights.mapping(config, ())
-    flag = "--freeze"
+    groups, flag = spec.hf_weights.groups, given[0]
     try:
+        mapping = spec.hf_weights.mapping(config, ())
+        flag = "--freeze"
         frozen = frozen_names(mapping, groups, args.freeze or ())
         flag = "--lr-mult"
         rate_factors(mapping, groups, args.lr_mult or (), frozen)
@@ -89,8 +90,9 @@ def _frozen_otherwise(
     record = Path(args.load) / "arguments.json"
     if spec.hf_weights is None or not record.is_file():
         return []
-    mapping, groups = spec.hf_weights.mapping(config, ()), spec.hf_weights.groups
+    groups = spec.hf_weights.groups
     try:
+        mapping = spec.hf_weights.mapping(config, ())
         saved = read_object(record).get("arguments", {}).get("freeze") or []
         if frozen_names(mapping, groups, saved) == frozen_names(mapping, groups, args.freeze or ()):
             return []

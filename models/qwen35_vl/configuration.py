@@ -201,9 +201,17 @@ class Qwen35VLConfig:
             args: a complete command line's, as the preflight or Megatron read it.
 
         Raises:
-            ValueError: `--linear-attention-freq` isn't a number.
+            ValueError: `--linear-attention-freq` isn't a number, or `--num-experts` comes without the experts' sizes.
         """
         is_moe = bool(args.num_experts)
+        sizes = ("--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size")
+        missing = [flag for flag in sizes if is_moe and getattr(args, flag[2:].replace("-", "_")) is None]
+        if missing:
+            moe = ", ".join(name for name, variant in VARIANTS.items() if variant.is_moe)
+            raise ValueError(
+                f"--num-experts {args.num_experts} on a dense architecture also needs {', '.join(missing)}; "
+                f"or take an MoE variant: {moe}"
+            )
         numbers = {
             name: spelling.read(getattr(args, spelling.dest)) if spelling.applies(is_moe) else None
             for name, spelling in spellings(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from math import gcd
 
-from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
+from models.qwen35_vl.configuration import Qwen35VLConfig
 
 
 def check_layout(args: Namespace, config: Qwen35VLConfig) -> list[str]:
@@ -18,26 +18,10 @@ def check_layout(args: Namespace, config: Qwen35VLConfig) -> list[str]:
     Returns:
         One sentence per problem, naming the flag and the fix; empty when the layout can run.
     """
-    if missing := _missing_moe_flags(args):
-        moe = ", ".join(name for name, variant in VARIANTS.items() if variant.is_moe)
-        return [
-            f"--num-experts {args.num_experts} on a dense architecture also needs {', '.join(missing)}; "
-            f"or take an MoE variant: {moe}"
-        ]
     return [
         *_check_decoder(args, config),
         *_check_vision(args, config),
     ]
-
-
-def _missing_moe_flags(args: Namespace) -> list[str]:
-    if not args.num_experts:
-        return []
-    needed = {
-        "--moe-ffn-hidden-size": args.moe_ffn_hidden_size,
-        "--moe-shared-expert-intermediate-size": args.moe_shared_expert_intermediate_size,
-    }
-    return [flag for flag, value in needed.items() if value is None]
 
 
 def _check_decoder(args: Namespace, config: Qwen35VLConfig) -> list[str]:
