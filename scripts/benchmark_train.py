@@ -173,9 +173,11 @@ def measure_ours(options: Namespace, measurement: Measurement) -> None:
 
     from data.loader import dataset_provider
     from forward_step import ForwardStep
+    from models.adapters import trained_of_args
     from pretrain_multimodal import model_provider
     from runtime.model_builder import ProvidedModelConfig
     from runtime.profile_summary import HostTimes
+    from weights.adapter_job import load_adapter
 
     spec, config = command_line.spec, command_line.config
     clock = Clock(options, measurement)
@@ -197,10 +199,13 @@ def measure_ours(options: Namespace, measurement: Measurement) -> None:
         return outcome
 
     training.train_step = timed
-    model = ProvidedModelConfig(provider=partial(model_provider, spec, config, args), post_wrap_hooks=[])
+    model = ProvidedModelConfig(
+        provider=partial(model_provider, spec, config, args),
+        post_wrap_hooks=[partial(load_adapter, args, spec, config)],
+    )
     pretrain(
         pretrain_cfg_container_from_args(args, model),
-        dataset_provider(args, spec.model_inputs(config), None),
+        dataset_provider(args, spec.model_inputs(config, trained_of_args(args, spec, config)), None),
         ModelType.encoder_or_decoder,
         CountingForwardStep(cuda_graphs=args.cuda_graphs),
         store=torch.distributed.HashStore(),
