@@ -16,4 +16,5 @@ for argument in "$@"; do
     esac
 done
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 # no test touches a hub
-exec python -m pytest "${arguments[@]}"
+# Files side by side: most tests wait for one core. What a file's tests share is made once, since it stays together.
+exec python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "${arguments[@]}"

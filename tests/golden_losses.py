@@ -33,12 +33,25 @@ FLAGS = [
 ]
 
 
+def processor() -> str:
+    """Vendor, family and model: matrix products add in an order that is chosen by these."""
+    described = dict(
+        (part.strip() for part in line.split(":", 1)) for line in _lines(Path("/proc/cpuinfo")) if ":" in line
+    )
+    return " ".join(described.get(key, "?") for key in ("vendor_id", "cpu family", "model"))
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().split("\n\n")[0].splitlines() if file.exists() else []
+
+
 def machine() -> dict[str, str]:
     """What the last bits of a loss depend on, besides this repository."""
     import torch
 
     return {
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processor": processor(),
         "torch": version("torch"),
         "megatron-core": version("megatron-core"),
         "transformers": version("transformers"),

@@ -16,8 +16,9 @@ from tests.golden_losses import FOLDER, VARIANTS, largest_difference, machine, r
 
 pytestmark = pytest.mark.heavy
 
-# Measured on one processor: 4.7e-7 at most with AVX2, without vector instructions, or with two threads.
-SPREAD = 5e-7
+# Measured: 4.7e-7 at most with AVX2, without vector instructions, or with two threads of one processor, and 6.8e-7
+# between two processors with AVX512.
+SPREAD = 1e-6
 
 type Figures = dict[str, list[float]]
 
@@ -37,7 +38,7 @@ def test_losses_and_gradient_norms(
     golden = json.loads((FOLDER / f"{variant}.json").read_text())
     difference = largest_difference(golden, figures[variant])
     here, recorded = machine(), golden["machine"]
-    others = ", ".join(f"{name} {recorded[name]}, here {here[name]}" for name in here if here[name] != recorded[name])
+    others = ", ".join(f"{name} {recorded.get(name)}, here {here[name]}" for name in here if here[name] != recorded.get(name))
     tolerance = SPREAD if others else 0.0
     held_to = f"within {SPREAD:.0e}, since recorded with {others}" if others else "to the bit"
     with capsys.disabled():
