@@ -38,7 +38,7 @@ def test_losses_and_gradient_norms(
     golden = json.loads((FOLDER / f"{variant}.json").read_text())
     difference = largest_difference(golden, figures[variant])
     here, recorded = machine(), golden["machine"]
-    others = ", ".join(f"{name} {recorded.get(name)}, here {here[name]}" for name in here if here[name] != recorded.get(name))
+    others = ", ".join(f"{name} {recorded[name]}, here {here[name]}" for name in here if here[name] != recorded[name])
     tolerance = SPREAD if others else 0.0
     held_to = f"within {SPREAD:.0e}, since recorded with {others}" if others else "to the bit"
     with capsys.disabled():
