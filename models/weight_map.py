@@ -59,6 +59,7 @@ class Source:
     sharded: whether tensor parallelism cuts it.
     is_expert: cut by expert tensor parallelism instead.
     foreign_tail: the foreign tensor's dimensions behind the first, where they differ (a convolution kept as a matrix).
+    expert: this expert's number and that of all, where a model may keep those of a rank in one tensor, [experts, *shape].
     """
 
     shape: tuple[int, ...]
@@ -67,6 +68,7 @@ class Source:
     sharded: bool = True
     is_expert: bool = False
     foreign_tail: tuple[int, ...] | None = None
+    expert: tuple[int, int] | None = None
 
     @property
     def row_ranges(self) -> Iterator[RowRange]:
@@ -100,6 +102,13 @@ class Rank:
         if not source.sharded:
             return 0, 1
         return (self.expert_tp, self.expert_tp_size) if source.is_expert else (self.tp, self.tp_size)
+
+    def of_source(self, source: Source, shard: LocalShard) -> LocalShard:
+        """What a rank holds of one source, given what it holds of the parameter: all of it, or one of the experts."""
+        if source.expert is None or len(shard.shape) == len(source.shape):
+            return shard
+        number, count = source.expert
+        return shard.member(number - self.ep * count // self.ep_size)
 
 
 @dataclass(frozen=True)
@@ -263,6 +272,12 @@ class LocalShard:
     tensor: Tensor
     first_row: int = 0
 
+    def member(self, index: int) -> LocalShard:
+        """One of those that the share stacks along its first dimension; without rows if it isn't here."""
+        here = index - self.first_row
+        shape = self.shape[1:]
+        return LocalShard(shape, self.tensor[here] if 0 <= here < len(self.tensor) else self.tensor.new_empty(0, *shape[1:]))
+
     def tensor_slices(self, of_shard: Iterable[TensorSlice]) -> list[TensorSlice]:
         """Slices of the whole shard -> of the rows that are here."""
         rows = self.tensor.shape[0]
@@ -286,6 +301,8 @@ def plan(
 ) -> list[tuple[str, Tensor, Tensor, list[TensorSlice]]]:
     """A rank's parameters by canonical name, each with the rows that are here and where they come from.
 
+    A parameter that stacks experts comes once under each one's name, and that one's rows with it.
+
     What doesn't fit is added to `problems`.
     """
     planned = []
@@ -297,7 +314,7 @@ def plan(
         group_rank, group_size = rank.cut(source)
         shape = list(source.shape)
         shape[source.dim] //= group_size
-        own = local_shard(parameter)
+        own = rank.of_source(source, local_shard(parameter))
         if own.shape != tuple(shape):
             problems.append(f"{name}: the model has shape {own.shape}, expected {tuple(shape)}")
             continue
@@ -343,12 +360,10 @@ def shares(
         WeightMismatch: parameters without source.
     """
     problems: list[str] = []
-    planned = plan(mapping, parameters, rank, problems)
+    planned = plan(mapping, parameters, rank, problems, whole if value is None else lambda own: whole(value(own)))
     if problems:
         raise WeightMismatch(problems)
-    for _, parameter, tensor, cut in planned:
-        if value is not None:
-            tensor = value(parameter)
+    for _, _, tensor, cut in planned:
         for tensor_slice in cut:
             yield tensor_slice, tensor[tensor_slice.index]
 

@@ -86,11 +86,12 @@ def load_hf(
         for notice in (*without, *ignored_tensors(mapping, folder), *rounded_tensors(args, weights, folder)):
             print(f"notice: {folder.path}: {notice}")
     own = sum(
-        local_shard(parameter).tensor.numel() * ITEM_SIZES[folder.dtypes[next(mapping.sources[name].row_ranges).name]]
+        Rank.of(model.pg_collection).of_source(source, local_shard(parameter)).tensor.numel()
+        * ITEM_SIZES[folder.dtypes[next(source.row_ranges).name]]
         for chunk in chunks
-        for local_shard in [shard_of(chunk)]
-        for name, parameter in base_parameters(weights, config, unwrapped(chunk))
-        if name in mapping.sources
+        for local_shard, model in [(shard_of(chunk), unwrapped(chunk))]
+        for name, parameter in base_parameters(weights, config, model)
+        if (source := mapping.sources.get(name)) is not None
     )
     title = f"rank 0 reads its part of {folder.path}"
     with open_tensors(folder, mapping.copies, title=title, total=own, quiet=args.rank != 0) as tensors:

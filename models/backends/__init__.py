@@ -9,11 +9,12 @@ from __future__ import annotations
 from models.backends.backend import Backend
 
 
-def get_backend(transformer_impl: str, *, adapters: bool = False) -> Backend:
+def get_backend(transformer_impl: str, *, adapters: bool = False, stack_experts: bool = True) -> Backend:
     """The backend that `--transformer-impl` names.
 
     Args:
         adapters: its linears are to take LoRA's.
+        stack_experts: see `Backend`.
 
     Raises:
         ValueError: another name.
@@ -22,9 +23,9 @@ def get_backend(transformer_impl: str, *, adapters: bool = False) -> Backend:
     if transformer_impl == "local":
         from models.backends.torch import TorchBackend
 
-        return TorchBackend()
+        return TorchBackend(stack_experts=stack_experts)
     if transformer_impl == "transformer_engine":
         from models.backends.te import TEBackend
 
-        return TEBackend(adapters=adapters)
+        return TEBackend(adapters=adapters, stack_experts=stack_experts)
     raise ValueError(f"--transformer-impl {transformer_impl}: choose local or transformer_engine")

@@ -13,7 +13,13 @@ from megatron.core.transformer.torch_norm import LayerNormBuilder
 
 
 class Backend(BackendSpecProvider, Protocol):
-    """megatron-core's provider, and the norms that its configuration can't express."""
+    """megatron-core's provider, and the norms that its configuration can't express.
+
+    stack_experts: whether `--moe-grouped-gemm` may mean experts as one tensor for each linear of a layer
+        (`models.common.grouped_experts`) rather than what this backend itself has for it.
+    """
+
+    stack_experts: bool
 
     @abstractmethod
     def plain_rms_norm(self) -> LayerNormBuilder:

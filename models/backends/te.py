@@ -41,11 +41,13 @@ class TEBackend(TESpecProvider, Backend):
 
     Args:
         adapters: LoRA's stand beside linears, and read what these read: norms are layers of their own then.
+        stack_experts: see `Backend`.
     """
 
-    def __init__(self, *, adapters: bool = False) -> None:
+    def __init__(self, *, adapters: bool = False, stack_experts: bool = True) -> None:
         super().__init__()
         self._adapters = adapters
+        self.stack_experts = stack_experts
 
     def fuse_layernorm_and_linear(self) -> bool:
         return not self._adapters

@@ -109,7 +109,15 @@ class PlainRMSNorm(TorchRMSNorm):
 
 
 class TorchBackend(LocalSpecProvider, Backend):
-    """megatron-core's parallel linears and sequential experts, with the norms and the attention above."""
+    """megatron-core's parallel linears and sequential experts, with the norms and the attention above.
+
+    Args:
+        stack_experts: see `Backend`.
+    """
+
+    def __init__(self, *, stack_experts: bool = True) -> None:
+        super().__init__()
+        self.stack_experts = stack_experts
 
     def column_parallel_linear(self) -> type[ColumnParallelLinear]:
         return ColumnParallelLinear

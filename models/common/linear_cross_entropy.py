@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from models.common.main_grad import main_grad_of, stand_in
+
 IGNORED = -1  # the label of a row that has none: its loss, its hit and its gradient are zero
 # Logits of one chunk. On a GPU large enough for efficient matrix products and small beside the activations; on a CPU
 # about what its caches hold.
@@ -128,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         scale = loss_grad.masked_fill(~trained, 0.0)
         hidden_grad = torch.zeros_like(hidden, dtype=maximum.dtype) if needs_hidden else None
-        main_grad = _main_grad(weight) if needs_weight and ctx.options.accumulate_main_grad else None
+        main_grad = main_grad_of(weight) if needs_weight and ctx.options.accumulate_main_grad else None
         weight_grad = torch.empty_like(weight) if needs_weight and main_grad is None else None
         for index, (start, stop) in enumerate(_chunks(hidden, weight.size(0))):
             rows = weight[start:stop]
@@ -141,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif weight_grad is not None:
                 torch.mm(grads.mT, hidden, out=weight_grad[start:stop])
         if main_grad is not None:
-            weight_grad = _stand_in(weight)
+            weight_grad = stand_in(weight)
         return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, None, None
 
 
@@ -220,24 +222,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:  # this torch has no such product on the CPU
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
-
-
-def _main_grad(weight: Tensor) -> Tensor | None:
-    """Where Megatron's DDP adds up the weight's gradient; None where there is no such buffer."""
-    # Megatron-FSDP hands a buffer out that a gradient is to be written to, not added: a tied weight has several.
-    return None if hasattr(weight, "__fsdp_param__") else getattr(weight, "main_grad", None)
-
-
-def _stand_in(weight: Tensor) -> Tensor | None:
-    """What autograd gets for a gradient that is in `main_grad` already.
-
-    Not None where Megatron's hooks wait for a gradient: autograd would run them in another thread, where a collective
-    may hang. Of a weight with other uses (a tied one), Megatron adds the sum of what autograd got: zeros.
-    """
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 # Several times what bfloat16 logits cost.

@@ -4,6 +4,9 @@ With `--calculate-per-token-loss` Megatron divides every gradient by the trained
 auxiliary loss has to come in multiplied by its share of them: their mean over the step's micro-batches and data
 ranks. What is left then is the coefficient times the mean of the losses. megatron-core 0.19.2 multiplies by the tokens
 of the rank that aren't padding (transformer/moe/router.py:604): with a tenth of the tokens trained, tenfold.
+
+
+The layer around experts that take their counts from the device (`models.common.grouped_experts`) leaves them there.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
 
@@ -121,3 +126,45 @@ def share_step(model: nn.Module) -> StepStatistics:
         if isinstance(module, PerTokenLossRouter):
             module.step = step
     return step
+
+
+class DeviceCountsMoELayer(MoELayer):
+    """megatron-core's layer for experts that take their counts from the device; see `DeviceCountsDispatcher`."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        parents = self.token_dispatcher
+        if type(parents) is MoEAlltoAllTokenDispatcher:  # megatron-core takes no class for it
+            parents.__class__ = DeviceCountsDispatcher
+
+
+class DeviceCountsDispatcher(MoEAlltoAllTokenDispatcher):
+    """Where a rank holds all experts whole, the host neither learns how many tokens each gets nor waits for anything.
+
+    megatron-core 0.19.2 copies the counts to the host wherever it needs numbers of its own, and waits for them
+    (transformer/moe/token_dispatcher.py:915). All-to-all's sizes have to be such numbers; one rank has no all-to-all,
+    and gets its rows sorted by expert from the first permutation, so that the second, which parent and copy make, is
+    left out.
+    """
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
+        if not self._alone() or isinstance(self.num_out_tokens, Tensor):
+            # Sizes of the exchange and of what token dropping leaves: the host waits here.
+            super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
+        return tokens_per_expert
+
+    def dispatch_postprocess(
+        self, global_input_tokens: Tensor, global_probs: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Rows [T, H] sorted by expert, tokens of each expert [E] on the device, and the rows' weights [T]."""
+        if not self._alone():
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        counts, self.tokens_per_expert = self.tokens_per_expert, None
+        return global_input_tokens, counts, global_probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] in the order of `dispatch_postprocess`'s argument."""
+        return hidden_states if self._alone() else super().combine_preprocess(hidden_states)
+
+    def _alone(self) -> bool:
+        return self.ep_size == 1 and self.tp_size == 1

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from models.common import parallel_layers
+from models.common.grouped_experts import StackedLinear
 from models.common.linear_cross_entropy import IGNORED, linear_cross_entropy
 
 
@@ -106,13 +107,13 @@ def let_compute_losses(layer: parallel_layers.ColumnParallelLinear, *, keep_logi
 
 
 def fuse_weight_gradients(model: nn.Module) -> None:
-    """Let Transformer Engine's linears and the output layer add weight gradients to `main_grad` where they are made.
+    """Let linears, grouped experts and the output layer add weight gradients to `main_grad` where they are made.
 
     Set on the modules: with the same in their configuration, megatron-core's own linears refuse to be built without
     Apex, the output layer among them, which doesn't need it here.
     """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear):
+        if isinstance(module, (ColumnParallelLinear, StackedLinear)):
             module.gradient_accumulation_fusion = True
         elif hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's
             vars(module)["fuse_wgrad_accumulation"] = True

@@ -95,7 +95,7 @@ def as_stored(config: Qwen35VLConfig, names: Iterable[str]) -> tuple[Qwen35VLCon
 def canonical_parameters(
     config: Qwen35VLConfig, model: nn.Module, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters under their canonical names.
+    """This rank's parameters under their canonical names; one that stacks experts comes once under each one's.
 
     Args:
         model: a `MultimodalModel` (one pipeline stage), or with `prefix` one of its parts.
@@ -110,11 +110,17 @@ def canonical_parameters(
     }
     rank = Rank.of(model.pg_collection)
     first_expert = rank.ep * (config.num_experts or 0) // rank.ep_size
+    own_experts = (config.num_experts or 0) // rank.ep_size
     for name, parameter in model.named_parameters():
         if layer := re.match(r"((?:.*\.)?decoder\.layers)\.\d+(?=\.)", name):
             name = f"{layer[1]}.{layers[layer[0]]}{name[layer.end() :]}"
         for pattern, canonical in _ALIASES:
             name = re.sub(pattern, canonical, name)
+        if stacked := re.search(r"(?<=\.mlp\.experts\.)(?=linear_fc[12]\.weight$)", prefix + name):
+            head, tail = (prefix + name)[: stacked.start()], (prefix + name)[stacked.start() :]
+            for expert in range(first_expert, first_expert + own_experts):
+                yield f"{head}{expert}.{tail}", parameter
+            continue
         name = re.sub(r"(?<=\.mlp\.experts\.)\d+", lambda match: str(int(match[0]) + first_expert), prefix + name)
         if name == OUTPUT and config.tie_word_embeddings:
             name = EMBEDDING  # the last pipeline stage's copy
@@ -221,16 +227,18 @@ def _whole(hf_name: str, *shape: int, foreign_tail: tuple[int, ...] | None = Non
     return Source(shape, ((RowRange(hf_name, 0, shape[0]),),), sharded=False, foreign_tail=foreign_tail)
 
 
-def _by_rows(*parts: RowRange | Iterable[RowRange], tail: tuple[int, ...] = (), is_expert: bool = False) -> Source:
+def _by_rows(
+    *parts: RowRange | Iterable[RowRange], tail: tuple[int, ...] = (), expert: tuple[int, int] | None = None
+) -> Source:
     """Parts one below the other, each cut by TP."""
     runs = tuple((part,) if isinstance(part, RowRange) else tuple(part) for part in parts)
     rows = sum(run.count for part in runs for run in part)
-    return Source((rows, *tail), runs, is_expert=is_expert)
+    return Source((rows, *tail), runs, is_expert=expert is not None, expert=expert)
 
 
-def _by_columns(run: RowRange, rows: int, is_expert: bool = False) -> Source:
+def _by_columns(run: RowRange, rows: int, expert: tuple[int, int] | None = None) -> Source:
     """A row-parallel linear's weight: cut by columns."""
-    return Source((rows, run.count), ((run,),), dim=1, is_expert=is_expert)
+    return Source((rows, run.count), ((run,),), dim=1, is_expert=expert is not None, expert=expert)
 
 
 def _cut(hf_name: str, *counts: int, expert: int | None = None) -> list[RowRange]:
@@ -374,11 +382,13 @@ def _mlp(hf: str, config: Qwen35VLConfig, stacked: bool) -> dict[str, Source]:
     return _gated_mlp("mlp.", f"{hf}mlp.", config.hidden_size, config.dense_ffn_hidden_size)
 
 
-def _gated_mlp(ours: str, hf: str, hidden: int, ffn: int, is_expert: bool = False) -> dict[str, Source]:
+def _gated_mlp(
+    ours: str, hf: str, hidden: int, ffn: int, expert: tuple[int, int] | None = None
+) -> dict[str, Source]:
     gate, up, down = (RowRange(f"{hf}{name}_proj.weight", 0, ffn) for name in ("gate", "up", "down"))
     return {
-        f"{ours}linear_fc1.weight": _by_rows(gate, up, tail=(hidden,), is_expert=is_expert),
-        f"{ours}linear_fc2.weight": _by_columns(down, hidden, is_expert=is_expert),
+        f"{ours}linear_fc1.weight": _by_rows(gate, up, tail=(hidden,), expert=expert),
+        f"{ours}linear_fc2.weight": _by_columns(down, hidden, expert),
     }
 
 
@@ -390,13 +400,11 @@ def _moe(hf: str, hidden: int, experts: ExpertSizes, stacked: bool) -> dict[str,
         **_gated_mlp("mlp.shared_experts.", f"{hf}shared_expert.", hidden, experts.shared_ffn_hidden_size),
     }
     for e in range(experts.count):
-        ours = f"mlp.experts.{e}."
+        ours, place = f"mlp.experts.{e}.", (e, experts.count)
         if not stacked:
-            table |= _gated_mlp(ours, f"{hf}experts.{e}.", hidden, ffn, is_expert=True)
+            table |= _gated_mlp(ours, f"{hf}experts.{e}.", hidden, ffn, place)
             continue
         gate_up = _cut(f"{hf}experts.gate_up_proj", ffn, ffn, expert=e)
-        table[f"{ours}linear_fc1.weight"] = _by_rows(*gate_up, tail=(hidden,), is_expert=True)
-        table[f"{ours}linear_fc2.weight"] = _by_columns(
-            RowRange(f"{hf}experts.down_proj", 0, ffn, e), hidden, is_expert=True
-        )
+        table[f"{ours}linear_fc1.weight"] = _by_rows(*gate_up, tail=(hidden,), expert=place)
+        table[f"{ours}linear_fc2.weight"] = _by_columns(RowRange(f"{hf}experts.down_proj", 0, ffn, e), hidden, place)
     return table

@@ -30,7 +30,12 @@ def build_qwen35_vl(
     # megatron-core's argument check forbids MTP with mrope, so the command line says rope.
     language_config.position_embedding_type = "mrope"
     language_config.mrope_section = list(architecture.mrope_section)
-    backend = get_backend(language_config.transformer_impl, adapters=args.lora_rank is not None)
+    backend = get_backend(
+        language_config.transformer_impl,
+        adapters=args.lora_rank is not None,
+        # Its checkpoints know experts one by one (megatron-core's fsdp_dtensor_checkpoint.py, by their names).
+        stack_experts=not args.use_megatron_fsdp,
+    )
     language_model = MultimodalGPTModel(
         config=language_config,
         transformer_layer_spec=decoder_block_spec(language_config, backend, vp_stage=vp_stage),

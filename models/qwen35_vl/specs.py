@@ -35,9 +35,10 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from models.backends.backend import Backend
+from models.common import grouped_experts
 from models.common.attention import RotarySelfAttention
 from models.common.gated_delta_net import PackedGatedDeltaNet
-from models.common.moe import PerTokenLossRouter
+from models.common.moe import DeviceCountsMoELayer, PerTokenLossRouter
 from models.common.mtp import PackedMTPLayer
 from models.common.parallel_layers import SharedExpertMLP
 
@@ -157,7 +158,10 @@ def _dense_spec(config: TransformerConfig, backend: Backend) -> MlpBuilder:
 
 
 def _moe_spec(config: TransformerConfig, backend: Backend) -> MlpBuilder:
-    """megatron-core's MoE layer with the router that this harness's loss needs, able to initialise itself."""
+    """megatron-core's MoE layer with the router that this harness's loss needs, able to initialise itself.
+
+    With `--moe-grouped-gemm` its experts are one tensor for each linear, where they can be.
+    """
     builder = get_moe_module_spec_for_backend(
         backend=backend,
         num_experts=config.num_moe_experts,
@@ -169,4 +173,7 @@ def _moe_spec(config: TransformerConfig, backend: Backend) -> MlpBuilder:
     if not config.use_grouped_gemm_for_shared_expert:  # else a class of Transformer Engine's
         linears = submodules.shared_experts.keywords["submodules"]
         submodules.shared_experts = partial(SharedExpertMLP, submodules=linears)
-    return partial(builder.func, submodules=submodules)
+    if not (backend.stack_experts and grouped_experts.takes(config)):
+        return partial(builder.func, submodules=submodules)
+    submodules.experts = grouped_experts.GroupedExperts
+    return partial(DeviceCountsMoELayer, submodules=submodules)
