@@ -27,6 +27,7 @@ from data.flags import add_flags as add_data_flags
 from data.preflight import refusals as data_refusals
 from data.processor_files import processor_refusals
 from models import MODEL_REGISTRY, ModelConfig, ModelSpec
+from models.expert_flags import takes_grouped_gemm
 from models.flags import DEFAULT_ARCH
 from models.flags import add_flags as add_model_flags
 from runtime import checkpoints, launch_environment
@@ -245,16 +246,16 @@ def machine_flags(args: Namespace, machine: Machine) -> list[str]:
         flags.append("--no-persist-layer-norm")  # a kernel that torch's norms haven't
     if not (machine.gpus and machine.fused_weight_gradients):
         flags.append("--no-gradient-accumulation-fusion")
-    if args.num_experts and machine.gpus and impl == "transformer_engine":
-        if not args.lora_experts:  # adapters stand beside single experts
+    args = Namespace(**{**vars(args), "transformer_impl": impl})
+    if args.num_experts:
+        if takes_grouped_gemm(args, on_gpu=machine.gpus):
             flags.append("--moe-grouped-gemm")
-        if not args.no_moe_fusion:
+        if machine.gpus and impl == "transformer_engine" and not args.no_moe_fusion:
             flags += ["--moe-permute-fusion", "--moe-router-fusion"]
     if args.async_save:
         # Megatron needs the first for it, and the second where nvidia-resiliency-ext isn't installed.
         flags += ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
     if args.context_parallel_size > 1 and args.cp_comm_type is None:
-        args = Namespace(**{**vars(args), "transformer_impl": impl})
         flags += ["--cp-comm-type", cp_comm_types(args)[0]]
     return flags
 

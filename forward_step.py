@@ -6,7 +6,7 @@ Shapes: B rows, S tokens (the CP rank's share), T packed tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from data.throughput import Throughput
 from models.common.packed import PackedDocuments
 from runtime.cuda_graphs import GraphedFunction
 
+_MEAN = "mean_trained_tokens"  # beside a batch's tensors, in what a graph reads
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
@@ -113,20 +114,29 @@ class MicroBatchGraphs:
         """[B, S] losses, as `model(**model_inputs(batch))` returns them."""
         tensors = tensors_of(batch)
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()), batch.max_seqlen
+        step = get_attr_wrapped_model(model, "step")
+        # A tensor, for the graph would keep a number: the routers read it (see `StepStatistics`).
+        mean_trained_tokens = torch.full((), batch.stats.mean_trained_tokens, device=batch.input_ids.device)
         if key not in self._graphs:
             self._seen[key] += 1
             if self._seen[key] <= self.WARM_UP or len(self._graphs) == self.MOST:
                 return model(**model_inputs(batch))
             self._pool = self._pool or torch.cuda.graph_pool_handle()
+
+            def micro_batch(values: Mapping[str, Tensor]) -> Tensor:
+                step.mean_trained_tokens = values[_MEAN]
+                own = {name: values[name] for name in tensors}
+                return model(**model_inputs(with_tensors(batch, own)))
+
             self._graphs[key] = GraphedFunction(
-                lambda values: model(**model_inputs(with_tensors(batch, dict(values)))),
-                tensors,
+                micro_batch,
+                {**tensors, _MEAN: mean_trained_tokens},
                 (parameter for parameter in model.parameters() if parameter.requires_grad),
                 self._pool,
             )
             print(f"> CUDA graphs of micro-batch shape {len(self._graphs)} captured", flush=True)
         get_attr_wrapped_model(model, "language_model").log_mtp_groups()
-        return self._graphs[key](tensors)
+        return self._graphs[key]({**tensors, _MEAN: mean_trained_tokens})
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

@@ -369,7 +369,11 @@ REDIRECTS = (
         "torch.cuda.is_initialized", _constant(True), "what is queued until CUDA starts (RNG states) runs at once"
     ),
     Redirect("torch.cuda.get_device_properties", _constant(_DEVICE_PROPERTIES), "memory and processor counts"),
-    Redirect("torch.cuda.get_device_capability", _constant((0, 0)), "chooses kernels; no CUDA kernel takes 0.0"),
+    Redirect(
+        "torch.cuda.get_device_capability",
+        _constant((8, 0)),
+        "training/arguments.py:1339 wants 8.0 for --moe-grouped-gemm, which torch computes on a CPU too",
+    ),
     Redirect("torch.cuda.get_device_name", _constant("cpu"), "printed in reports"),
     # Streams and events: all is done at once
     Redirect("torch.cuda.Stream torch.cuda.ExternalStream", _instead(_Stream), "DDP and schedules make side streams"),

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from math import lcm
 from pathlib import Path
 
+from models.expert_flags import counts_stay_on_the_device, misaligned, stacks_experts
 from runtime import checkpoints, launch_environment, output_folder
 from runtime.machine import Machine
 from runtime.megatron_flags import dest_of
@@ -212,8 +213,11 @@ def _cuda_graphs(args: Namespace, given: Iterable[str], machine: Machine) -> lis
         problems.append("--cuda-graphs: rows are documents packed to one length; add --use-packed-sequence")
     if args.max_patches_per_pack is None:
         problems.append("--cuda-graphs: images are padded to a number of patches; give it with --max-patches-per-pack")
-    if args.num_experts:
-        problems.append("--cuda-graphs: the host has to know how many tokens each expert gets; take a dense variant")
+    if args.num_experts and not counts_stay_on_the_device(args):
+        problems.append(
+            "--cuda-graphs: the host has to know how many tokens each expert gets; give --bf16, --moe-grouped-gemm and "
+            "--moe-token-dispatcher-type alltoall without expert parallelism, or take a dense variant"
+        )
     for flag, size in (
         ("--tensor-model-parallel-size", args.tensor_model_parallel_size),
         ("--pipeline-model-parallel-size", args.pipeline_model_parallel_size),
@@ -324,6 +328,12 @@ def _experts(args: Namespace, world_size: int) -> list[str]:
     ):
         if size is not None and size % ranks:
             problems.append(f"{flag} {size}: doesn't divide by the {ranks} tensor-parallel ranks that share it")
+    if args.moe_grouped_gemm and args.transformer_impl == "local" and args.use_megatron_fsdp:
+        problems.append(
+            "--moe-grouped-gemm with --use-megatron-fsdp: its checkpoints know experts one by one; leave one out"
+        )
+    if args.moe_grouped_gemm and args.bf16 and stacks_experts(args) and not args.use_megatron_fsdp:
+        problems += [f"{problem}; change it, or leave out --moe-grouped-gemm" for problem in misaligned(args)]
     if args.moe_router_topk > args.num_experts:
         problems.append(f"--moe-router-topk {args.moe_router_topk}: there are only {args.num_experts} experts")
     return problems

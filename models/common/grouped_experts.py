@@ -28,31 +28,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from models.expert_flags import ALIGNMENT, stacks_experts
 from models.common.main_grad import main_grad_of, stand_in
 
 
 def takes(config: TransformerConfig) -> bool:
-    """Whether `--moe-grouped-gemm` means these experts; megatron-core's own have what they lack.
-
-    Those are Transformer Engine's on a GPU: quantised products, its fused MLP, weight gradients that wait, offloading,
-    and 16-bit floats other than bfloat16, which torch's grouped product hasn't.
-    """
-    theirs = (
-        config.fp8,
-        config.fp4,
-        config.add_bias_linear,
-        config.use_te_activation_func,
-        config.use_transformer_engine_op_fuser,
-        config.delay_wgrad_compute,
-        config.fine_grained_activation_offloading,
-        config.moe_apply_probs_on_input,
-        config.moe_latent_size,
-        config.moe_mlp_glu_interleave_size,
-        config.moe_single_grouped_weight,
-        config.transformer_impl == "transformer_engine" and not config.bf16,
-    )
+    """Whether `--moe-grouped-gemm` means these experts, rather than megatron-core's; see `stacks_experts`."""
     swiglu = config.gated_linear_unit and config.activation_func is F.silu
-    return bool(config.moe_grouped_gemm and swiglu and not any(theirs))
+    return config.moe_grouped_gemm and swiglu and stacks_experts(config)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, *, accumulate_main_grad: bool = False) -> Tensor:
@@ -62,7 +45,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, *, accumulate_main_g
 
     Args:
         x: [T, in], sorted by expert; T may be 0.
-        weight: [E, out, in], contiguous, in and out multiples of 8 in bfloat16.
+        weight: [E, out, in], contiguous; in and out are multiples of `ALIGNMENT` in bfloat16.
         ends: [E] int32 on the device: the row behind each expert's last. The last one is T.
         accumulate_main_grad: add the weight's gradient to `weight.main_grad` where it is made; see
             `linear_cross_entropy`. Has no effect on the loop.
@@ -76,10 +59,9 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, *, accumulate_main_g
     if x.dtype != torch.bfloat16:
         parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
         return torch.cat([F.linear(rows, own) for rows, own in zip(parts, weight.unbind(), strict=True)])
-    if weight.size(1) % 8 or weight.size(2) % 8:
+    if weight.size(1) % ALIGNMENT or weight.size(2) % ALIGNMENT:
         raise ValueError(
-            f"experts of {weight.size(2)} by {weight.size(1)}: a grouped product needs multiples of 8; leave out "
-            "--moe-grouped-gemm"
+            f"weights [{weight.size(1)}, {weight.size(2)}]: a grouped product takes multiples of {ALIGNMENT}"
         )
     return _GroupedLinear.apply(x, weight, ends, accumulate_main_grad)
 

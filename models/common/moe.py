@@ -31,7 +31,7 @@ class StepStatistics:
 
     mean_trained_tokens: trained tokens of a micro-batch (over all its CP ranks), averaged over the step's micro-batches
         and data ranks; set before the step's first forward. One figure for the whole step, since recomputation and
-        pipelining run forwards at any time within it.
+        pipelining run forwards at any time within it. A tensor where a CUDA graph would freeze a number.
     """
 
     mean_trained_tokens: float | Tensor | None = None
@@ -70,6 +70,18 @@ class PerTokenLossRouter(TopKRouter):
         super().reset_parameters()
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[S, B, H] -> probabilities and routing map, [tokens, experts]; padding_mask: [S, B] bool, True on padding.
+
+        Under `--moe-router-force-load-balancing` logits are random. While a CUDA graph is captured they come from the
+        stream of random numbers that a graph goes on with; the parent's, which sets its state, can't be captured.
+        """
+        if not (self.config.moe_router_force_load_balancing and torch.cuda.is_current_stream_capturing()):
+            return super().forward(input, padding_mask)
+        logits = self.gating(input)
+        logits = logits + (torch.randn_like(logits) - logits).detach()  # the gradient goes straight through
+        return self.routing(logits, padding_mask=padding_mask)
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the tokens of each expert, padding left out; megatron-core 0.19.2 (router.py:738) forgets a dimension.
