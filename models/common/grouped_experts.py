@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensorFactory
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -127,6 +127,27 @@ class StackedLinear(nn.Module):
         """See `grouped_linear`."""
         return grouped_linear(x, self.weight, ends, accumulate_main_grad=self.gradient_accumulation_fusion)
 
+    def get_extra_state(self) -> None:
+        """Nothing: checkpoints of megatron-core's linears have an entry for it."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """See `get_extra_state`."""
+
+    def sharded_extra_state(self, key: str, offsets: tuple[tuple[int, int, int], ...]) -> list[ShardedObject]:
+        """An empty entry of each expert, without which megatron-core's own layers don't load."""
+        count, groups = len(self.weight), self.groups
+        places, sizes = [place for _, place, _ in offsets], [size for _, _, size in offsets]
+        return [
+            ShardedObject(
+                key,
+                None,
+                (*sizes, count * groups.ep.size()),
+                (*places, groups.ep.rank() * count + expert),
+                (0, groups.expt_tp.rank(), groups.expt_dp.rank()),
+            )
+            for expert in range(count)
+        ]
+
     def sharded_weight(self, key: str, offsets: tuple[tuple[int, int, int], ...]) -> ShardedTensor | ShardedTensorFactory:
         """The weight for `torch_dist`, as a region of what `SequentialMLP` has: [all experts, out, in] of all ranks."""
         before = len(offsets)
@@ -230,10 +251,12 @@ class GroupedExperts(MegatronModule):
         """For `torch_dist`, under `SequentialMLP`'s names."""
         if (metadata or {}).get("singleton_local_shards"):
             raise ValueError("experts under keys of their own (singleton_local_shards): not with --moe-grouped-gemm")
-        return {
-            f"{prefix}{name}.weight": layer.sharded_weight(f"{prefix}experts.{name}.weight", sharded_offsets)
-            for name, layer in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2))
-        }
+        state: ShardedStateDict = {}
+        for name, layer in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            own, key = f"{prefix}{name}.", f"{prefix}experts.{name}."
+            state[f"{own}weight"] = layer.sharded_weight(f"{key}weight", sharded_offsets)
+            state[f"{own}_extra_state"] = layer.sharded_extra_state(f"{key}_extra_state", sharded_offsets)
+        return state
 
     def backward_dw(self) -> None:
         """Weight gradients aren't put off."""
