@@ -3,12 +3,14 @@
     python scripts/benchmark_train.py --variant 2b --seq-length 8192 --image-size 1024 --json result.json
     python scripts/benchmark_train.py --variant tiny --seq-length 512 --image-size 64 --fp32     # on a CPU
     python scripts/benchmark_train.py ... --sides ours --profile -- --keep-logits               # flags of training
+    python scripts/benchmark_train.py --variant 35b_a3b --num-layers 4 --sides ours ours_even   # both loads of experts
 
 Every side is a process of its own, one after the other: random weights, random documents of `--seq-length` tokens with
 one image in the middle of each, all text trained, `--micro-batches` documents a step, AdamW, gradients clipped. The
 sides:
 
     ours                what pretrain_multimodal.py runs, through Megatron's own loop
+    ours_even           the same, tokens spread evenly over the experts whatever the routers say
     transformers        bf16 weights and AdamW, sdpa, one document a forward pass, no recomputation
     transformers_wide   the same, two documents a forward pass
     transformers_liger  the first with liger-kernel's losses, norms and MLPs, if it is installed
@@ -38,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("ours", "transformers", "transformers_wide", "transformers_liger")
+SIDES = ("ours", "ours_even", "transformers", "transformers_wide", "transformers_liger")
 # Dense bf16 by the vendor's datasheet; MFU is relative to it.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "flash-linear-attention", "triton")
@@ -150,6 +152,7 @@ def training_flags(options: Namespace) -> list[str]:
         *(() if options.fp32 else ("--bf16",)),
         *(() if options.mtp else ("--mtp-num-layers", "0")),
         *(("--num-layers", str(options.num_layers)) if options.num_layers else ()),
+        *(("--moe-router-force-load-balancing",) if options.side == "ours_even" else ()),
     ]
     if options.image_size:
         flags += ["--image-size", str(options.image_size), "--image-seq-length", str(options.seq_length)]
@@ -339,7 +342,7 @@ def run_side(options: Namespace) -> None:
     """Measure one side in this process and write the `Measurement` to `--json`."""
     measurement = Measurement(options.side)
     try:
-        (measure_ours if options.side == "ours" else measure_transformers)(options, measurement)
+        (measure_ours if options.side.startswith("ours") else measure_transformers)(options, measurement)
     except Exception as error:  # the table shows it; other sides still run
         traceback.print_exc()
         measurement.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
@@ -395,7 +398,7 @@ def table(results: list[Measurement], device: str) -> list[str]:
             f"{m.peak_bytes / 1e9:.1f}",
             f"{m.busy_seconds / m.step:.0%}" if m.busy_seconds and peak else "",
             f"{m.launches}" if m.launches else "",
-            f"{m.step / ours:.2f}x as fast" if ours and m.side != "ours" else "",
+            f"{m.step / ours:.2f}x as fast" if ours and not m.side.startswith("ours") else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -46,6 +46,8 @@ LAYOUTS = {
     "pp2_tied": Layout("tiny", 2, PIPELINE),
     "vpp2_tied": Layout("tiny", 2, (*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2")),
     "ep2": Layout("tiny_moe", 2, EXPERTS),
+    "grouped": Layout("tiny_moe", flags=("--moe-grouped-gemm",)),
+    "grouped_ep2": Layout("tiny_moe", 2, (*EXPERTS, "--moe-grouped-gemm")),
 }
 
 
@@ -133,7 +135,7 @@ def last_stage(result: Result) -> list[Step]:
     return result.steps(result.job.ranks - 1)
 
 
-@pytest.mark.parametrize(("source", "target"), [("one_moe", "ep2")])
+@pytest.mark.parametrize(("source", "target"), [("one_moe", "grouped_ep2"), ("grouped", "ep2")])
 def test_another_layout_starts_from_the_same_state(
     server: TrainingServer, tmp_path: Path, source: str, target: str
 ) -> None:

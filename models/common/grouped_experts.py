@@ -260,3 +260,48 @@ class GroupedExperts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Weight gradients aren't put off."""
+
+
+# Several times what one rounding to bfloat16 costs.
+CHECK_TOLERANCE = 0.02
+
+
+@functools.cache
+def check_kernels() -> None:
+    """Compare a grouped product and its gradients on this GPU, in bfloat16, with torch's in float64.
+
+    Raises:
+        RuntimeError: a tensor differs by more than bfloat16's rounding explains; the message names it.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    errors = kernel_errors(device)
+    if wrong := {name: error for name, error in errors.items() if not error < CHECK_TOLERANCE}:
+        raise RuntimeError(
+            f"grouped products are computed wrongly on this {torch.cuda.get_device_name(device)} with torch "
+            f"{torch.__version__}: relative to torch in float64 (bfloat16 explains {CHECK_TOLERANCE}) "
+            f"{', '.join(f'{name} is off by {error:.1e}' for name, error in wrong.items())}; leave out "
+            "--moe-grouped-gemm"
+        )
+
+
+def kernel_errors(device: torch.device) -> dict[str, float]:
+    """Relative errors of bfloat16 products and gradients against float64's, by name; NaN where they are NaN.
+
+    Experts without tokens, first, last and between, are among them.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    counts = (0, 37, 0, 200, 1, 0)
+    ends = torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+
+    x, weight, grad = normal(sum(counts), 128), normal(len(counts), 64, 128), normal(sum(counts), 64)
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in (x, weight)]
+        output = grouped_linear(leaves[0], leaves[1], ends)
+        results.append([output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))])
+    exact, actual = results
+    names = ("product", "gradient of rows", "gradient of weights")
+    return {name: ((a.double() - e).norm() / e.norm()).item() for name, a, e in zip(names, actual, exact, strict=True)}

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from models.expert_flags import stacks_experts
 from models.qwen35_vl.configuration import MODEL_TYPES, VARIANTS, Qwen35VLConfig
 from models.qwen35_vl.hf_weights import (
     GROUPS,
@@ -32,11 +33,13 @@ def _check_kernels(args: Namespace, config: Qwen35VLConfig) -> None:
     import torch
 
     from models.backends.te_attention import AttentionSizes, check_fused_attention
-    from models.common import linear_cross_entropy
+    from models.common import grouped_experts, linear_cross_entropy
     from models.common.gdn_kernels import GDNSizes, check_fla_gradients
 
     if torch.cuda.is_available():
         linear_cross_entropy.check_kernels()
+        if args.moe_grouped_gemm and args.bf16 and stacks_experts(args) and not args.use_megatron_fsdp:
+            grouped_experts.check_kernels()
     if not torch.cuda.is_available() or args.transformer_impl == "local" or args.deterministic_mode:
         return  # torch's kernels run: they are the reference
     ranks = args.tensor_model_parallel_size * args.context_parallel_size

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.qwen35_vl.configuration import VARIANTS
+from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
 from tests.build_model import build_model
 from tests.errors import relative_error
 from tests.models.test_hf_parity import make_sample
@@ -20,9 +20,10 @@ pytestmark = [
 ]
 
 # Head sizes that the GPU kernels are made for.
-ARCHITECTURE = VARIANTS["tiny"].replace(
-    kv_channels=64, mrope_section=(3, 3, 2), linear_key_head_dim=64, linear_value_head_dim=64, vocab_size=1024
-)
+_HEADS = {"kv_channels": 64, "mrope_section": (3, 3, 2), "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+ARCHITECTURES = {name: VARIANTS[name].replace(**_HEADS, vocab_size=1024) for name in ("tiny", "tiny_moe")}
+# Large enough for the routers' auxiliary loss to show in their gradients.
+FLAGS = ("--transformer-impl", "transformer_engine", "--bf16", "--moe-aux-loss-coeff", "0.1")
 PACKS = (
     ([[1, 4, 4], [1, 8, 6]], [], [[1, 2, 10]]),
     ([[1, 6, 8]], [[1, 2, 2], [1, 4, 4]]),
@@ -32,14 +33,14 @@ PACKS = (
 TOLERANCE = 5e-3
 
 
-def make_batch(grids: tuple):
+def make_batch(architecture: Qwen35VLConfig, grids: tuple):
     from data.batch import collate, flatten, unflatten
     from data.static_shapes import StaticShapes, pad_batch
     from models.qwen35_vl.inputs import Qwen35VLInputs
 
-    inputs = Qwen35VLInputs(ARCHITECTURE)
+    inputs = Qwen35VLInputs(architecture)
     batch = collate(
-        [[make_sample(ARCHITECTURE, of_document, torch.bfloat16) for of_document in grids]],
+        [[make_sample(architecture, of_document, torch.bfloat16) for of_document in grids]],
         inputs,
         alignment=1,
         packed=True,
@@ -57,12 +58,13 @@ def step(model: nn.Module, run, batch) -> dict[str, Tensor]:
     for parameter in model.parameters():
         parameter.grad, parameter.grad_added_to_main_grad = None, False
         parameter.main_grad = parameter.main_grad.zero_() if hasattr(parameter, "main_grad") else new_grad(parameter)
+    model.step.mean_trained_tokens = batch.stats.mean_trained_tokens
     losses = run(model, batch)
     (losses * batch.loss_mask).sum().backward()
     gradients = {}
     for name, parameter in model.named_parameters():
-        added = parameter.main_grad if parameter.grad is None else parameter.main_grad + parameter.grad.float()
-        gradients[name] = added.clone()
+        left = None if parameter.grad_added_to_main_grad else parameter.grad  # as Megatron's hook sees it
+        gradients[name] = parameter.main_grad + (0 if left is None else left.float())
     return {"losses": losses.detach().clone(), **gradients}
 
 
@@ -70,12 +72,15 @@ def new_grad(parameter: nn.Parameter) -> Tensor:
     return torch.zeros(parameter.shape, device="cuda")
 
 
-def test_a_graph_runs_on_other_documents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_graph_runs_on_other_documents(name: str, fused: bool, tmp_path: Path) -> None:
     from forward_step import MicroBatchGraphs, model_inputs
 
-    model = build_model(ARCHITECTURE, tmp_path, torch.bfloat16, "--transformer-impl", "transformer_engine")
-    model = model.cuda().to(torch.bfloat16).train()
-    batches = [make_batch(grids) for grids in PACKS]
+    architecture = ARCHITECTURES[name]
+    flags = (*FLAGS, "--fuse-weight-gradients") if fused else FLAGS
+    model = build_model(architecture, tmp_path, torch.bfloat16, *flags).cuda().to(torch.bfloat16).train()
+    batches = [make_batch(architecture, grids) for grids in PACKS]
     expected = [step(model, lambda model, batch: model(**model_inputs(batch)), batch) for batch in batches]
     graphs = MicroBatchGraphs()
     for _ in range(MicroBatchGraphs.WARM_UP):

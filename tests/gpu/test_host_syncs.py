@@ -36,7 +36,8 @@ def test_the_host_waits_for_nothing(variant: str, impl: str, tmp_path: Path) -> 
     from models.qwen35_vl.inputs import Qwen35VLInputs
 
     architecture = VARIANTS[variant].replace(**_HEADS, vocab_size=1024)
-    model = build_model(architecture, tmp_path, torch.bfloat16, "--transformer-impl", impl, "--allow-slow-kernels")
+    flags = ("--transformer-impl", impl, "--allow-slow-kernels", "--bf16")
+    model = build_model(architecture, tmp_path, torch.bfloat16, *flags)
     model = model.cuda().to(torch.bfloat16)
     flat = flatten(
         collate(

@@ -39,6 +39,8 @@ def run(architecture: Qwen35VLConfig, folder: Path, impl: str, dtype: torch.dtyp
     from tests.hf_states import export_hf_state, load_hf_state
 
     flags = ["--transformer-impl", impl, "--allow-slow-kernels"]
+    if dtype == torch.bfloat16:
+        flags.append("--bf16")  # for experts as one tensor
     if dtype == torch.float64:
         flags += ["--moe-router-dtype", "fp64"]  # else the router calls Transformer Engine's product, which has none
     model = build_model(architecture, folder, dtype, *flags).cuda()
