@@ -55,8 +55,9 @@ def _add_execution_flags(group: _ArgumentGroup) -> None:
     group.add_argument(
         "--fuse-weight-gradients",
         action="store_true",
-        help="Transformer Engine's linears and the output layer add weight gradients to Megatron's float32 ones where "
-        "they are made (Megatron's --gradient-accumulation-fusion, which needs Apex, is the other linears')",
+        help="Transformer Engine's linears, grouped experts and the output layer add weight gradients to Megatron's "
+        "float32 ones where they are made (Megatron's --gradient-accumulation-fusion, which needs Apex, is the other "
+        "linears')",
     )
     group.add_argument(
         "--keep-logits",

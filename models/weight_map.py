@@ -59,7 +59,7 @@ class Source:
     sharded: whether tensor parallelism cuts it.
     is_expert: cut by expert tensor parallelism instead.
     foreign_tail: the foreign tensor's dimensions behind the first, where they differ (a convolution kept as a matrix).
-    expert: this expert's number and that of all, where a model may keep those of a rank in one tensor, [experts, *shape].
+    expert: this expert's number and that of all, where a model may keep a rank's in one tensor, [experts, *shape].
     """
 
     shape: tuple[int, ...]
@@ -276,7 +276,9 @@ class LocalShard:
         """One of those that the share stacks along its first dimension; without rows if it isn't here."""
         here = index - self.first_row
         shape = self.shape[1:]
-        return LocalShard(shape, self.tensor[here] if 0 <= here < len(self.tensor) else self.tensor.new_empty(0, *shape[1:]))
+        return LocalShard(
+            shape, self.tensor[here] if 0 <= here < len(self.tensor) else self.tensor.new_empty(0, *shape[1:])
+        )
 
     def tensor_slices(self, of_shard: Iterable[TensorSlice]) -> list[TensorSlice]:
         """Slices of the whole shard -> of the rows that are here."""

@@ -34,6 +34,16 @@ REFUSED = {
     "EP over the ranks": (f"{MOE} {EP} 4", 2, [f"{EP} 4", "2 ranks"]),
     "ETP is TP unless given": (f"{MOE} {EP} 2 {TP} 2 {SP}", 2, ["--expert-tensor-parallel-size 2", "TP unless given"]),
     "top-k above experts": (f"{MOE} --moe-router-topk 5", 1, ["--moe-router-topk 5", "4 experts"]),
+    "grouped products of odd sizes": (
+        f"{MOE} --bf16 --moe-grouped-gemm --moe-ffn-hidden-size 100",
+        1,
+        ["--moe-ffn-hidden-size 100", "multiples of 8"],
+    ),
+    "grouped experts under FSDP": (
+        f"{MOE} --moe-grouped-gemm --use-megatron-fsdp --ckpt-format fsdp_dtensor",
+        1,
+        ["--moe-grouped-gemm", "--use-megatron-fsdp"],
+    ),
     "experts on a dense variant": (f"{TINY} --num-experts 4", 1, ["--moe-ffn-hidden-size", "tiny_moe"]),
     "query heads": (f"{TINY} {TP} 8 {SP}", 8, [f"{TP} 8", "4 query heads", "[1, 2, 4]"]),
     "KV heads": (
@@ -191,6 +201,43 @@ def test_gpus_get_transformer_engine_and_its_exchanges() -> None:
     assert "--no-persist-layer-norm" not in flags
     plain = preflight(f"{BASE} --model-variant 397b_a17b --no-moe-fusion".split(), GPUS, 8).words
     assert not {"--moe-permute-fusion", "--moe-router-fusion"} & set(plain)
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "expected"),
+    [
+        ("--bf16", "LAPTOP", True),
+        ("", "LAPTOP", False),  # in float32 it would be a loop over experts, too
+        ("--bf16 --moe-ffn-hidden-size 100", "LAPTOP", False),
+        ("--bf16 --use-megatron-fsdp --ckpt-format fsdp_dtensor", "LAPTOP", False),
+        ("--bf16 --lora-rank 2 --lora-experts", "LAPTOP", False),
+        ("--bf16", "GPUS", True),
+        ("--bf16 --use-megatron-fsdp --ckpt-format fsdp_dtensor", "GPUS", True),  # Transformer Engine's own
+    ],
+)
+def test_who_gets_grouped_products(flags: str, machine: str, expected: bool) -> None:
+    words = preflight(f"{MOE} {flags}".split(), {"LAPTOP": LAPTOP, "GPUS": GPUS}[machine], 1).words
+    assert ("--moe-grouped-gemm" in words) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ("", False),
+        ("--expert-model-parallel-size 2", True),
+        ("--moe-token-dispatcher-type allgather", True),
+        ("--moe-expert-capacity-factor 1.5", True),
+        ("--use-transformer-engine-op-fuser", True),
+    ],
+)
+def test_graphs_of_experts_need_counts_on_the_device(flags: str, refused: bool) -> None:
+    graphs = "--bf16 --cuda-graphs --use-packed-sequence --max-patches-per-pack 64"
+    try:
+        preflight(f"{MOE} {graphs} {flags}".split(), GPUS, 2)
+        problems = ""
+    except Refused as refusal:
+        problems = str(refusal)
+    assert ("how many tokens each expert gets" in problems) == refused, problems
 
 
 def test_fsdp_refuses_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,14 +85,7 @@ def load_hf(
         _, without = weights.as_stored(described(spec, folder.config, folder.path), folder.shapes)
         for notice in (*without, *ignored_tensors(mapping, folder), *rounded_tensors(args, weights, folder)):
             print(f"notice: {folder.path}: {notice}")
-    own = sum(
-        Rank.of(model.pg_collection).of_source(source, local_shard(parameter)).tensor.numel()
-        * ITEM_SIZES[folder.dtypes[next(source.row_ranges).name]]
-        for chunk in chunks
-        for local_shard, model in [(shard_of(chunk), unwrapped(chunk))]
-        for name, parameter in base_parameters(weights, config, model)
-        if (source := mapping.sources.get(name)) is not None
-    )
+    own = sum(_bytes_to_read(weights, config, mapping, folder, chunk) for chunk in chunks)
     title = f"rank 0 reads its part of {folder.path}"
     with open_tensors(folder, mapping.copies, title=title, total=own, quiet=args.rank != 0) as tensors:
         for chunk in chunks:
@@ -102,6 +95,17 @@ def load_hf(
             install_shards(chunk)
     check_values(tensors.not_finite, tensors.unequal, args.allow_nonfinite_weights)
     return chunks
+
+
+def _bytes_to_read(
+    weights: HfWeights[Any], config: ModelConfig, mapping: WeightMap, folder: HfFolder, chunk: nn.Module
+) -> int:
+    model, local_shard, total = unwrapped(chunk), shard_of(chunk), 0
+    for name, parameter in base_parameters(weights, config, model):
+        if (of_parameter := mapping.sources.get(name)) is not None:
+            own = Rank.of(model.pg_collection).of_source(of_parameter, local_shard(parameter))
+            total += own.tensor.numel() * ITEM_SIZES[folder.dtypes[next(of_parameter.row_ranges).name]]
+    return total
 
 
 def base_parameters(

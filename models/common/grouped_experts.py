@@ -28,8 +28,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from models.expert_flags import ALIGNMENT, stacks_experts
 from models.common.main_grad import main_grad_of, stand_in
+from models.expert_flags import ALIGNMENT, stacks_experts
 
 
 def takes(config: TransformerConfig) -> bool:
@@ -148,7 +148,9 @@ class StackedLinear(nn.Module):
             for expert in range(count)
         ]
 
-    def sharded_weight(self, key: str, offsets: tuple[tuple[int, int, int], ...]) -> ShardedTensor | ShardedTensorFactory:
+    def sharded_weight(
+        self, key: str, offsets: tuple[tuple[int, int, int], ...]
+    ) -> ShardedTensor | ShardedTensorFactory:
         """The weight for `torch_dist`, as a region of what `SequentialMLP` has: [all experts, out, in] of all ranks."""
         before = len(offsets)
         groups, tp = self.groups, self.groups.expt_tp
@@ -165,7 +167,8 @@ class StackedLinear(nn.Module):
                     replica_id=replica,
                     prepend_axis_num=before,
                 )
-                for number, part in enumerate(weight.chunk(self.parts, self.tp_dim))
+                # The parameter itself where it is whole: optimizers find it by that.
+                for number, part in enumerate(weight.chunk(self.parts, self.tp_dim) if self.parts > 1 else [weight])
             ]
 
         replica = (0, 0, groups.expt_dp.rank())

@@ -159,6 +159,8 @@ class DeviceCountsDispatcher(MoEAlltoAllTokenDispatcher):
     left out.
     """
 
+    tokens_per_expert: Tensor | None
+
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
         if not self._alone() or isinstance(self.num_out_tokens, Tensor):
             # Sizes of the exchange and of what token dropping leaves: the host waits here.

@@ -382,9 +382,7 @@ def _mlp(hf: str, config: Qwen35VLConfig, stacked: bool) -> dict[str, Source]:
     return _gated_mlp("mlp.", f"{hf}mlp.", config.hidden_size, config.dense_ffn_hidden_size)
 
 
-def _gated_mlp(
-    ours: str, hf: str, hidden: int, ffn: int, expert: tuple[int, int] | None = None
-) -> dict[str, Source]:
+def _gated_mlp(ours: str, hf: str, hidden: int, ffn: int, expert: tuple[int, int] | None = None) -> dict[str, Source]:
     gate, up, down = (RowRange(f"{hf}{name}_proj.weight", 0, ffn) for name in ("gate", "up", "down"))
     return {
         f"{ours}linear_fc1.weight": _by_rows(gate, up, tail=(hidden,), expert=expert),

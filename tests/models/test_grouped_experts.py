@@ -43,7 +43,9 @@ def build(dtype: torch.dtype, *, grouped: bool, seed: int = 1, **changes: Any) -
 def stacked(experts: nn.Module, value: Callable[[Tensor], Tensor] = Tensor.detach) -> list[Tensor]:
     """[E, out, in] of both linears."""
     if hasattr(experts, "local_experts"):
-        linears = ([getattr(one, name).weight for one in experts.local_experts] for name in ("linear_fc1", "linear_fc2"))
+        linears = (
+            [getattr(one, name).weight for one in experts.local_experts] for name in ("linear_fc1", "linear_fc2")
+        )
         return [torch.stack([value(weight) for weight in weights]) for weights in linears]
     return [value(experts.linear_fc1.weight), value(experts.linear_fc2.weight)]
 
@@ -217,11 +219,10 @@ def test_one_rank_asks_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hf_weights_pass_through_unchanged(dtype: torch.dtype, tmp_path: Path) -> None:
+    from models.qwen35_vl.hf_weights import ExpertStorage
     from tests.build_model import build_model
     from tests.hf_folders import random_tensors
     from tests.hf_states import export_hf_state, load_hf_state
-
-    from models.qwen35_vl.hf_weights import ExpertStorage
 
     model = build_model(TINY_MOE, tmp_path, dtype, "--moe-grouped-gemm")
     assert model.language_model.decoder.layers[0].mlp.experts.linear_fc1.weight.shape == (EXPERTS, 256, HIDDEN)
@@ -236,11 +237,12 @@ def test_hf_weights_pass_through_unchanged(dtype: torch.dtype, tmp_path: Path) -
 def test_the_check_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     from models.common import grouped_experts
 
-    errors = grouped_experts.kernel_errors(torch.device("cpu"))
-    assert all(error < 0.01 for error in errors.values()), errors  # measured: 0.003
+    cpu = torch.device("cpu")
+    errors = grouped_experts.kernel_errors(cpu)
+    assert all(error < 0.004 for error in errors.values()), errors  # measured: 0.0017
     plain = F.grouped_mm
     monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: plain(*args, **kwargs) * 1.05)
-    assert all(error > grouped_experts.CHECK_TOLERANCE for error in grouped_experts.kernel_errors(torch.device("cpu")).values())
+    assert min(grouped_experts.kernel_errors(cpu).values()) > grouped_experts.CHECK_TOLERANCE
 
 
 def save(experts: nn.Module, folder: Path) -> None:
