@@ -96,6 +96,7 @@ RECOMPUTE = ("--recompute-vision", *("--recompute-granularity", "full", "--recom
     ("ranks", "flags"),
     [
         (1, ("--model-variant", "tiny")),
+        (1, ("--model-variant", "tiny_moe", "--bf16", "--use-packed-sequence")),
         (2, ("--model-variant", "tiny_moe", "--use-packed-sequence")),
         (2, ("--model-variant", "tiny_moe", *RECOMPUTE, "--recompute-num-layers", "1")),
     ],
