@@ -108,7 +108,7 @@ class Rank:
         if source.expert is None or len(shard.shape) == len(source.shape):
             return shard
         number, count = source.expert
-        return shard.member(number - self.ep * count // self.ep_size)
+        return LocalShard(shard.shape[1:], shard.tensor[number - self.ep * count // self.ep_size])
 
 
 @dataclass(frozen=True)
@@ -271,14 +271,6 @@ class LocalShard:
     shape: tuple[int, ...]
     tensor: Tensor
     first_row: int = 0
-
-    def member(self, index: int) -> LocalShard:
-        """One of those that the share stacks along its first dimension; without rows if it isn't here."""
-        here = index - self.first_row
-        shape = self.shape[1:]
-        return LocalShard(
-            shape, self.tensor[here] if 0 <= here < len(self.tensor) else self.tensor.new_empty(0, *shape[1:])
-        )
 
     def tensor_slices(self, of_shard: Iterable[TensorSlice]) -> list[TensorSlice]:
         """Slices of the whole shard -> of the rows that are here."""

@@ -5,7 +5,6 @@ auxiliary loss has to come in multiplied by its share of them: their mean over t
 ranks. What is left then is the coefficient times the mean of the losses. megatron-core 0.19.2 multiplies by the tokens
 of the rank that aren't padding (transformer/moe/router.py:604): with a tenth of the tokens trained, tenfold.
 
-
 The layer around experts that take their counts from the device (`models.common.grouped_experts`) leaves them there.
 """
 
@@ -145,9 +144,8 @@ class DeviceCountsMoELayer(MoELayer):
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        parents = self.token_dispatcher
-        if type(parents) is MoEAlltoAllTokenDispatcher:  # megatron-core takes no class for it
-            parents.__class__ = DeviceCountsDispatcher
+        if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:  # megatron-core takes no class for it
+            self.token_dispatcher.__class__ = DeviceCountsDispatcher
 
 
 class DeviceCountsDispatcher(MoEAlltoAllTokenDispatcher):
