@@ -120,8 +120,9 @@ class StackedLinear(nn.Module):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(experts, out_size, in_size, dtype=config.params_dtype, device=device))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=tp_dim, stride=1)
-        # Which data-parallel ranks Megatron sums the gradient over.
-        vars(self.weight)["allreduce"] = config.expert_model_parallel_size == 1
+        # Whether Megatron sums the gradient over the dense layers' data-parallel ranks, or over the experts' own.
+        as_dense = groups.ep.size() == 1 and groups.expt_tp.size() == groups.tp.size()
+        vars(self.weight)["allreduce"] = as_dense
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """See `grouped_linear`."""

@@ -295,7 +295,7 @@ def load_and_save_again(folder: Path, source: Path, grouped: bool) -> None:
     if grouped:
         assert weights["linear_fc1.weight"].shape == (EXPERTS // ep, 256 // etp, HIDDEN)
     for weight in weights.values():
-        assert weight.allreduce == (ep == 1) and weight.tensor_model_parallel
+        assert weight.allreduce == (ep == 1 and etp == groups.tp.size()) and weight.tensor_model_parallel
     save(experts, folder.parent / "again")
 
 
@@ -306,6 +306,7 @@ def load_and_save_again(folder: Path, source: Path, grouped: bool) -> None:
         pytest.param({"expert_model_parallel_size": 2}, False, id="ep2_of_single_experts"),
         pytest.param({"expert_model_parallel_size": 2}, True, id="ep2"),
         pytest.param({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, True, id="etp2"),
+        pytest.param({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, True, id="tp2_etp1"),
     ],
 )
 def test_checkpoints_cross_layouts(sizes: dict[str, int], grouped: bool, tmp_path: Path) -> None:
