@@ -60,6 +60,7 @@ def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
     from data.loader import dataset_provider
     from forward_step import ForwardStep
     from pretrain_multimodal import model_provider
+    from runtime.model_builder import unwrapped
 
     command_line = arguments.preflight_or_exit([*FLAGS, *flags, "--context-parallel-size", str(ranks)])
     args = arguments.parse(command_line)
@@ -78,7 +79,7 @@ def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
             seq_length=args.seq_length,
             micro_batch_size=args.micro_batch_size,
         )
-    assert all(parameter.main_grad.any() for parameter in model.module.vision_model.parameters())
+    assert all(parameter.main_grad.any() for parameter in unwrapped(model).vision_model.parameters())
     if dist.get_rank() == 0:
         print(f"{ranks} ranks: {dict(collectives)}, {dict(syncs)}", flush=True)
     from_loader = {name: count for (file, name), count in collectives.items() if file == "data/reader.py"}
