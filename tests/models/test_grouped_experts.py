@@ -229,6 +229,10 @@ def test_hf_weights_pass_through_unchanged(dtype: torch.dtype, tmp_path: Path) -
     for storage in (ExpertStorage(), ExpertStorage(False, False)):
         state = random_tensors(TINY_MOE, storage)
         load_hf_state(model, state, TINY_MOE)
+        if storage.stacked_experts:
+            own, hf = model.language_model.decoder.layers[1].mlp.experts, "model.language_model.layers.1.mlp.experts."
+            assert torch.equal(own.linear_fc1.weight, state[f"{hf}gate_up_proj"].to(dtype))
+            assert torch.equal(own.linear_fc2.weight, state[f"{hf}down_proj"].to(dtype))
         exported = export_hf_state(model, TINY_MOE, storage)
         assert exported.keys() == state.keys()
         assert all(torch.equal(exported[name], tensor.to(exported[name].dtype)) for name, tensor in state.items())
