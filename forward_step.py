@@ -22,6 +22,7 @@ from data.batch import Batch, BatchStats, partition_batch, tensors_of, with_tens
 from data.step_record import MicroBatch, StepRecord
 from data.throughput import Throughput
 from models.common.packed import PackedDocuments
+from runtime import empty_steps
 from runtime.cuda_graphs import GraphedFunction
 
 _MEAN = "mean_trained_tokens"  # beside a batch's tensors, in what a graph reads
@@ -55,7 +56,10 @@ class ForwardStep:
         stage = get_attr_wrapped_model(model, "vision_model", return_model_obj=True)
         timers("batch-generator", log_level=2).start()
         batch = next(data_iterator)
-        entry = self._record.add(get_args().curr_iteration + 1, batch) if model.training else None
+        entry = None
+        if model.training:
+            entry = self._record.add(get_args().curr_iteration + 1, batch)
+            empty_steps.TOKENS.add(batch.stats.trained_tokens)
         batch = partition_batch(batch, mpu.get_context_parallel_group())
         timers("batch-generator").stop()
         # Read by the MoE routers, whose auxiliary losses then don't depend on the share of trained tokens.

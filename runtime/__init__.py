@@ -10,8 +10,8 @@ def prepare() -> list[str]:
 
     Redirects the CUDA API to the CPU where no CUDA device exists (`runtime.cpu`), patches the defects of the pinned
     megatron-core (`runtime.patches`), puts this harness's saving and loading of checkpoints around Megatron's
-    (`runtime.saving`, `runtime.loading`), and counts losses that aren't finite (`runtime.not_finite`). Calling it again
-    changes nothing.
+    (`runtime.saving`, `runtime.loading`), counts losses that aren't finite (`runtime.not_finite`), and skips steps
+    without a trained token (`runtime.empty_steps`). Calling it again changes nothing.
 
     Returns:
         What was changed, for the record: names of patches, and "cpu" where the CUDA API is redirected.
@@ -22,12 +22,13 @@ def prepare() -> list[str]:
     from runtime import cpu
 
     redirected = cpu.enable()  # before megatron is imported, which the others do
-    from runtime import loading, not_finite, patches, saving
+    from runtime import empty_steps, loading, not_finite, patches, saving
 
     patches.apply()
     saving.install()
     loading.install()
     not_finite.install()
+    empty_steps.install()
     return [*(["cpu"] if redirected else []), *(patch.__name__ for patch in patches.PATCHES)]
 
 

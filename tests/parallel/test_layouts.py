@@ -78,8 +78,10 @@ SLOW: dict[Group, str] = {
     FLOAT32_DENSE: "tp2+sp cp2 pp2 dp2+distopt tp2+sp+cp2 fsdp2",
 }
 CASES = [
-    *(pytest.param(group, name) for group, names in QUICK.items() for name in names.split()),
-    *(pytest.param(group, name, marks=pytest.mark.slow) for group, names in SLOW.items() for name in names.split()),
+    pytest.param(group, name, id=f"{group.name}-{name}", marks=marks)
+    for layouts, marks in ((QUICK, ()), (SLOW, (pytest.mark.slow,)))
+    for group, names in layouts.items()
+    for name in names.split()
 ]
 
 # One whose documents have a micro-batch without an image, and whose routers have no near ties.

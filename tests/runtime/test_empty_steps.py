@@ -1,0 +1,73 @@
+"""A step all of whose samples are broken changes neither weights nor optimizer, bit by bit, in any optimizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.heavy
+
+FLAGS = [
+    *("--model-variant", "tiny_moe", "--dataset-provider", "broken_documents:step", "--max-bad-fraction", "1"),
+    *("--use-packed-sequence", "--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "4"),
+    *("--lr", "1e-2", "--weight-decay", "0.1", "--train-iters", "4", "--num-workers", "0", "--eval-iters", "0"),
+    *("--eval-interval", "1000", "--log-interval", "1", "--distributed-timeout-minutes", "3", "--bf16"),
+]
+FSDP = ("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params", "--ckpt-format fsdp_dtensor")
+JOBS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "distopt": (2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
+    "ep2": (2, ("--expert-model-parallel-size 2",)),
+    "pp2": (2, ("--pipeline-model-parallel-size 2",)),
+    "fsdp": (2, FSDP),
+}
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder with what each job held, and what all of them printed."""
+    folder = tmp_path_factory.mktemp("empty_steps")
+    jobs = {
+        name: {"ranks": ranks, "flags": [*FLAGS, *" ".join(flags).split()]} for name, (ranks, flags) in JOBS.items()
+    }
+    (folder / "jobs.json").write_text(json.dumps({"out": str(folder), "jobs": jobs}))
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("state_runs.py")), str(folder / "jobs.json")],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return folder, done.stdout
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_nothing_changes(name: str, printed: tuple[Path, str]) -> None:
+    """Step 2 is broken on all ranks. Step 3 is so on one rank of two alone, and trains."""
+    states = torch.load(printed[0] / f"{name}.pt", weights_only=True)
+    assert [before[0] != after[0] for before, after in zip(states, states[1:], strict=False)] == [1, 0, 1, 1]
+    assert [before[1] != after[1] for before, after in zip(states, states[1:], strict=False)] == [1, 0, 1, 1]
+
+
+def test_the_log_says_so(printed: tuple[Path, str]) -> None:
+    """By an own line, and as Megatron counts steps that are left out; such a step has no loss, so no NaN either."""
+    text = printed[1]
+    assert text.count("> iteration 2: skipped, no sample of it can be trained on") == len(JOBS)
+    lines = re.findall(r"iteration +(\d)/ .*", text)
+    assert lines.count("2") == len(JOBS)
+    for line in re.findall(r"iteration +2/ .*", text):
+        assert "number of skipped iterations:   1" in line and "number of nan iterations:   0" in line
+        assert "lm loss" not in line
+    for line in re.findall(r"iteration +[134]/ .*", text):
+        assert "number of skipped iterations:   0" in line and "lm loss" in line
