@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import importlib
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,11 +57,14 @@ class DatasetProvider:
     needs_processor: its samples are made of text and images with a HuggingFace processor.
     build: makes one split, an empty one where the data has none. Called in every process at the same time: what it
         writes to disk is for `data.cache.locked` to guard.
+    field_name: the field that evaluation counts an answer's value for, by its keys ("total", "menu.nm"): where the
+        same value has several names.
     """
 
     name: str
     needs_processor: bool
     build: BuildDataset
+    field_name: Callable[[str], str] = str
 
     def processor(self, args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin | None:
         """The processor that the samples are made with: `--hf-processor-path`'s, or the one built in the repo.
@@ -96,6 +99,12 @@ def _receipts(
     from data.receipts.dataset import build
 
     return build(args, split, _given(processor), model_inputs)
+
+
+def _receipts_field(keys: str) -> str:
+    from data.receipts.values import schema_field
+
+    return schema_field(keys)
 
 
 def _chat(args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs) -> SampleDataset:
@@ -155,7 +164,7 @@ DATASET_PROVIDERS: dict[str, DatasetProvider] = {
     for provider in (
         DatasetProvider("mock", needs_processor=False, build=_mock),
         DatasetProvider("ragged", needs_processor=False, build=_ragged),
-        DatasetProvider("receipts", needs_processor=True, build=_receipts),
+        DatasetProvider("receipts", needs_processor=True, build=_receipts, field_name=_receipts_field),
         DatasetProvider("cord_v2", needs_processor=True, build=_cord_v2),
         DatasetProvider("chat", needs_processor=True, build=_chat),
     )

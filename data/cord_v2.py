@@ -62,8 +62,11 @@ class CordV2:
         for column in ("image", "ground_truth"):
             if column not in rows.column_names:
                 raise ValueError(f"{path}, split {split}: no column {column!r} among {rows.column_names}")
-        # Undecoded, so that measuring a sample reads an image's header only.
-        self._rows = rows.cast_column("image", datasets.Image(decode=False))
+        # Undecoded, so that measuring a sample reads an image's header only. A column of anything else stays as it is,
+        # and each row is refused.
+        if isinstance(rows.features["image"], datasets.Image):
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+        self._rows = rows
         self.fingerprint = rows._fingerprint
 
     def __len__(self) -> int:
@@ -103,16 +106,21 @@ def json_to_tokens(content: Any, place: str = "gt_parse") -> str:
         place: of the content in the record, for messages.
 
     Raises:
-        BadSample: a value that is neither text nor a number, or whose text reads like the notation's own tags.
+        BadSample: a value that is neither text nor a number, or a value or a key that reads like the notation's tags.
     """
     if isinstance(content, dict):
         if content.keys() == {"text_sequence"} and isinstance(content["text_sequence"], str):
             return content["text_sequence"]
+        for key in content:
+            if not key or re.search("[<>]", key):
+                raise BadSample(
+                    Reason.MALFORMED, f"{place}: key {shown(key)!r} can't stand in the answer's tags; rename it"
+                )
         keys = sorted(content, reverse=True)
         return "".join(f"<s_{key}>{json_to_tokens(content[key], f'{place}.{key}')}</s_{key}>" for key in keys)
     if isinstance(content, list):
         return "<sep/>".join(json_to_tokens(entry, f"{place}[{index}]") for index, entry in enumerate(content))
-    if isinstance(content, bool) or not isinstance(content, str | int | float):
+    if isinstance(content, bool) or not isinstance(content, str | int | float) or content != content:
         raise BadSample(
             Reason.MALFORMED, f"{place}: {shown(json.dumps(content, default=repr))}; expected text or a number"
         )

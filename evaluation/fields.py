@@ -10,36 +10,61 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
 from statistics import NormalDist
 from typing import Any
 
-from data.receipts.values import schema_field
+from data.bad_sample import shown
 
 WHOLE_ANSWER = "whole answer"
+type Fields = Mapping[str, str]  # values by their place: "menu[1].nm"
 _TAG = re.compile(r"<s_(?P<opens>[^<>]+)>|</s_(?P<closes>[^<>]+)>|<sep/>")
 
 
-def read_fields(answer: str) -> dict[str, str] | None:
-    """The values of an answer by their place, or None if it can't be read.
+@dataclass(frozen=True)
+class Reader:
+    """Reads answers.
 
-    Args:
-        answer: a JSON object, or what `data.cord_v2.json_to_tokens` writes.
+    field_name: the field that a value counts for, by its keys without list indices (`DatasetProvider.field_name`).
+    normal_form: of a text, the tokenizer's: what the model writes has it, a file's text may not.
     """
-    try:
-        content = json.loads(answer) if answer.lstrip().startswith("{") else _read_tokens(answer)
-        values: dict[str, str] = {}
-        _flatten(content, "", values)
-    except (ValueError, RecursionError):  # whatever a model may write
-        return None
-    return values
 
+    field_name: Callable[[str], str] = str
+    normal_form: Callable[[str], str] = str
 
-def field_of(place: str) -> str:
-    """The field that a place counts for, as the ground truth's schema names it."""
-    return schema_field(re.sub(r"\[\d+\]", "", place))
+    def read(self, answer: str) -> Fields | None:
+        """The values of an answer by their place, or None if it can't be read.
+
+        Args:
+            answer: a JSON object, or what `data.cord_v2.json_to_tokens` writes.
+        """
+        try:
+            content = json.loads(answer) if answer.lstrip().startswith("{") else _read_tokens(answer)
+            values: dict[str, str] = {}
+            _flatten(content, "", values)
+        except (ValueError, RecursionError):  # whatever a model may write
+            return None
+        return {self.normal_form(place): self.normal_form(value) for place, value in values.items()}
+
+    def read_truth(self, answer: str) -> Fields:
+        """The values of a true answer.
+
+        Raises:
+            ValueError: it has none.
+        """
+        values = self.read(answer)
+        if not values:
+            raise ValueError(
+                f"a true answer without fields, so there is nothing to match: {shown(answer)}; expected a JSON object "
+                "or CORD-v2's tokens"
+            )
+        return values
+
+    def field_of(self, place: str) -> str:
+        """The field that a place counts for."""
+        return self.field_name(re.sub(r"\[\d+\]", "", place))
 
 
 def wilson_interval(correct: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -105,39 +130,35 @@ class Scores:
     unreadable: int
 
 
-def majorities(answers: Iterable[str]) -> dict[str, Guess]:
+def majorities(answers: Iterable[Fields], reader: Reader) -> dict[str, Guess]:
     """For each field the best guess of who knows the training answers and sees no image."""
     counts: dict[str, Counter[str]] = {}
     for answer in answers:
-        for place, value in _read_truth(answer).items():
-            counts.setdefault(field_of(place), Counter())[value] += 1
+        for place, value in answer.items():
+            counts.setdefault(reader.field_of(place), Counter())[value] += 1
     first = {field: values.most_common(1)[0] for field, values in counts.items()}
     return {field: Guess(value, count / counts[field].total()) for field, (value, count) in first.items()}
 
 
-def score(truths: Sequence[str], answers: Sequence[str], guesses: Mapping[str, Guess]) -> Scores:
+def score(
+    truths: Sequence[Fields], answers: Sequence[Fields | None], guesses: Mapping[str, Guess], reader: Reader
+) -> Scores:
     """Compare answers with the true ones.
 
     A guess's share is the higher one of those among the held-out and among the training values: a few held-out ones may
     have fewer by chance. The whole answer's is that of answers it guesses in every field.
 
     Args:
-        truths, answers: pairs.
+        truths, answers: pairs; None is an answer that can't be read.
         guesses: see `majorities`.
-
-    Raises:
-        ValueError: a true answer that has no fields.
     """
     count: Counter[str] = Counter()
     correct: Counter[str] = Counter()
     guessed: Counter[str] = Counter()
-    unreadable = 0
-    for truth, answer in zip(truths, answers, strict=True):
-        expected, found = _read_truth(truth), read_fields(answer)
-        unreadable += found is None
-        guess = {place: guesses[field].value for place in expected if (field := field_of(place)) in guesses}
+    for expected, found in zip(truths, answers, strict=True):
+        guess = {place: guesses[field].value for place in expected if (field := reader.field_of(place)) in guesses}
         for place, value in expected.items():
-            field = field_of(place)
+            field = reader.field_of(place)
             count[field] += 1
             correct[field] += found is not None and found.get(place) == value
             guessed[field] += guess.get(place) == value
@@ -149,14 +170,8 @@ def score(truths: Sequence[str], answers: Sequence[str], guesses: Mapping[str, G
         share = guesses[field].share if field in guesses else 0.0
         scores[field] = FieldScore(field, count[field], correct[field], max(share, guessed[field] / count[field]))
     whole = scores.pop(WHOLE_ANSWER)
+    unreadable = sum(found is None for found in answers)
     return Scores(sorted(scores.values(), key=lambda found: -found.count), whole, unreadable)
-
-
-def _read_truth(answer: str) -> dict[str, str]:
-    values = read_fields(answer)
-    if not values:
-        raise ValueError(f"a true answer without fields, so there is nothing to match: {answer[:80]!r}")
-    return values
 
 
 def _flatten(content: Any, place: str, values: dict[str, str]) -> None:

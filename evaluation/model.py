@@ -222,6 +222,11 @@ class HfModel:
             answers.append(Answer(text, finished=length < len(row)))
         return answers
 
+    def normal_form(self, text: str) -> str:
+        """The text as the tokenizer reads it (Qwen's: Unicode's NFC): what the model learns and writes."""
+        normalizer = self.processor.tokenizer.backend_tokenizer.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
     def loss(self, samples: Sequence[Sample]) -> tuple[float, int]:
         """Sum of the losses of the samples' trained tokens, in nats, and their number."""
         inputs = self._inputs(samples, [len(sample.input_ids) for sample in samples])

@@ -5,7 +5,8 @@ python scripts/evaluate.py --load CKPT|HF_DIR [--dataset-provider receipts|cord_
 The weights run in transformers (a checkpoint is exported to a temporary folder). The loss is over exactly the tokens
 that training trains. A field's values are matched exactly, beside what the best guess without the image gets: the
 field's most frequent value in the training split (the higher of its shares there and here). An answer that can't be
-read is wrong in every field.
+read is wrong in every field. Texts are compared in the tokenizer's normal form (Qwen's: NFC), since the model writes
+no other.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import itertools
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime import quiet_libraries
 
 if TYPE_CHECKING:
-    from data.conversation import Split
+    from data.conversation import Conversation, Document, Split
     from data.dataset import ConversationDataset
     from data.sample import Sample
-    from evaluation.fields import FieldScore, Scores
+    from evaluation.fields import Fields, FieldScore, Reader, Scores
     from evaluation.model import Answer, HfModel
 
+EXAMPLES = 10  # of samples without a true answer
 TIMES = 2.0  # the guess: fields whose interval lies above are named
 
 
@@ -49,7 +52,9 @@ def read_arguments() -> Namespace:
     parser.add_argument("--min-pixels", type=int, default=None, help="As in training; default: the processor's")
     parser.add_argument("--max-pixels", type=int, default=None, help="As in training; default: the processor's")
     parser.add_argument("--strict-special-mask", action="store_true", help="The loss of a model trained with it")
-    parser.add_argument("--answers", type=Path, default=None, metavar="FILE", help="Write every answer, as JSON lines")
+    parser.add_argument(
+        "--answers", type=Path, default=None, metavar="FILE", help="Write every answer as it comes, as JSON lines"
+    )
     args = parser.parse_args()
     for name in ("samples", "batch_size", "max_new_tokens", "seq_length"):
         value = vars(args)[name]
@@ -61,26 +66,32 @@ def read_arguments() -> Namespace:
 def main() -> None:
     args = read_arguments()
     quiet_libraries()
-    from data.conversation import Conversation, message_text
-    from evaluation.fields import majorities, score
+    from data import find_provider
+    from evaluation.fields import Reader, majorities, score
     from evaluation.model import HfModel, weights_folder
 
     try:
         with weights_folder(args.load) as folder:
             model = HfModel.load(folder, args.adapter)
         held_out = open_dataset(args, args.split, model)
+        reader = Reader(find_provider(args.dataset_provider).field_name, model.normal_form)
         samples, truths = encode(held_out, args.samples)
-        training = open_dataset(args, "train", model).conversations
-        chats = (training[index] for index in range(len(training)))
-        guesses = majorities(message_text(chat.messages[-1]) for chat in chats if isinstance(chat, Conversation))
-    except ValueError as error:
+        expected = read_truths(samples, truths, reader)
+        guesses = majorities(training_answers(open_dataset(args, "train", model), reader), reader)
+        file = None if args.answers is None else args.answers.open("w", encoding="utf-8")
+    except (ValueError, OSError) as error:
         sys.exit(f"Refused: {error}")
-    loss, tokens, answers = measure(model, samples, args.batch_size, args.max_new_tokens)
-    scores = score(truths, [answer.text for answer in answers], guesses)
-    if args.answers is not None:
-        rows = zip(samples, truths, answers, strict=True)
-        lines = (json.dumps({"id": s.id, "answer": a.text, "truth": truth}, ensure_ascii=False) for s, truth, a in rows)
-        args.answers.write_text("".join(f"{line}\n" for line in lines))
+    with file or nullcontext():
+
+        def write(index: int, answer: Answer) -> None:
+            """As they come: a run that is killed keeps what it has."""
+            if file is not None:
+                row = {"id": samples[index].id, "answer": answer.text, "truth": truths[index]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+
+        loss, tokens, answers = measure(model, samples, args.batch_size, args.max_new_tokens, write)
+    scores = score(expected, [reader.read(answer.text) for answer in answers], guesses, reader)
     cut = sum(not answer.finished for answer in answers)
     print(f"{held_out.name}: {len(answers)} answers, {scores.unreadable} not readable, {cut} cut off")
     print(f"loss per trained token: {loss:.4f} ({tokens} tokens)\n")
@@ -113,9 +124,8 @@ def encode(dataset: ConversationDataset, count: int | None) -> tuple[list[Sample
     """The first samples of a split and their last answers; those too long are left out, with a word on stderr.
 
     Raises:
-        ValueError: none is left, or a conversation ends with a question.
+        ValueError: none is left, one is broken, or a conversation ends with a question.
     """
-    from data.conversation import Conversation, message_text
     from data.sample import Outcome, build_sample
 
     samples: list[Sample] = []
@@ -123,26 +133,85 @@ def encode(dataset: ConversationDataset, count: int | None) -> tuple[list[Sample
     left_out: list[str] = []
     for index in range(min(count or len(dataset), len(dataset))):
         conversation = dataset.conversations[index]
-        if not isinstance(conversation, Conversation) or conversation.messages[-1]["role"] != "assistant":
-            raise ValueError(f"{conversation.id}: doesn't end with an answer, so there is nothing to match")
         sample, outcome = build_sample(conversation, dataset.processor, dataset.options)
         if sample is None or outcome is not Outcome.WHOLE:
-            left_out.append(conversation.id)
+            left_out.append(f"{conversation.id} ({outcome})")
             continue
+        answer = last_answer(dataset, conversation)
+        if answer is None:
+            raise ValueError(f"{conversation.id}: doesn't end with an answer, so there is nothing to match")
         samples.append(sample)
-        answers.append(message_text(conversation.messages[-1]))
+        answers.append(answer)
     if left_out:
-        example = f"{len(left_out)} samples longer than --seq-length {dataset.options.seq_len}: {left_out[0]}, ..."
+        example = f"{len(left_out)} samples, --seq-length {dataset.options.seq_len}: {left_out[0]}, ..."
         if not samples:
-            raise ValueError(example)
+            raise ValueError(f"nothing to evaluate; left out: {example}")
         print(f"left out: {example}", file=sys.stderr)
+    if not samples:
+        raise ValueError(f"{dataset.name}: has no samples; --split names another one, --cut-rows cuts the rows")
     return samples, answers
 
 
+def last_answer(dataset: ConversationDataset, conversation: Conversation | Document) -> str | None:
+    """The text of a conversation's last message; None if that isn't an answer.
+
+    Raises:
+        BadSample: a malformed conversation.
+    """
+    from data.conversation import Conversation, checked_messages, message_text
+    from data.template import ChatTemplate
+
+    if not isinstance(conversation, Conversation):
+        return None
+    names = ChatTemplate.of(dataset.processor, dataset.options.template_arguments).names
+    last = checked_messages(conversation, names)[-1]
+    return message_text(last) if last["role"] == "assistant" else None
+
+
+def read_truths(samples: Sequence[Sample], truths: Sequence[str], reader: Reader) -> list[Fields]:
+    """The fields of the true answers, before anything is generated.
+
+    Raises:
+        ValueError: some have none; names the first samples.
+    """
+    fields: list[Fields] = []
+    problems: list[str] = []
+    for sample, truth in zip(samples, truths, strict=True):
+        try:
+            fields.append(reader.read_truth(truth))
+        except ValueError as error:
+            problems.append(f"{sample.id}: {error}")
+    if problems:
+        more = f"\nand {len(problems) - EXAMPLES} more" if len(problems) > EXAMPLES else ""
+        raise ValueError("\n".join(problems[:EXAMPLES]) + more)
+    return fields
+
+
+def training_answers(dataset: ConversationDataset, reader: Reader) -> Iterator[Fields]:
+    """The fields of the training split's last answers: of the samples that have any, since training skips the rest."""
+    from data.bad_sample import BadSample
+
+    for index in range(len(dataset)):
+        try:
+            answer = last_answer(dataset, dataset.conversations[index])
+        except BadSample:
+            continue
+        if answer is not None and (fields := reader.read(answer)) is not None:
+            yield fields
+
+
 def measure(
-    model: HfModel, samples: Sequence[Sample], batch_size: int, max_new_tokens: int | None
+    model: HfModel,
+    samples: Sequence[Sample],
+    batch_size: int,
+    max_new_tokens: int | None,
+    on_answer: Callable[[int, Answer], None],
 ) -> tuple[float, int, list[Answer]]:
-    """Loss per trained token, the number of these tokens, and an answer for each sample."""
+    """Loss per trained token, the number of these tokens, and an answer for each sample.
+
+    Args:
+        on_answer: called with a sample's index and its answer as soon as there is one.
+    """
     from tqdm import tqdm
 
     limit = max_new_tokens or max(int(1.5 * sample.trained.sum()) for sample in samples)
@@ -155,7 +224,9 @@ def measure(
             batch = [samples[index] for index in indices]
             loss, count = model.loss(batch)
             total, tokens = total + loss, tokens + count
-            answers |= zip(indices, model.generate(model.prompts(batch), limit), strict=True)
+            for index, answer in zip(indices, model.generate(model.prompts(batch), limit), strict=True):
+                answers[index] = answer
+                on_answer(index, answer)
             progress.update(len(batch))
     return total / tokens, tokens, [answers[index] for index in range(len(samples))]
 

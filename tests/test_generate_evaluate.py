@@ -106,7 +106,7 @@ def test_a_perfect_model_gets_everything(
     assert table["whole answer"][0] == "12"
     assert "store_info.nm" in re.search("above 2 times the guess: (.*)", printed)[1]
     written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in written] == [f"{provider}/test/{index}" for index in range(12)]
+    assert {line["id"] for line in written} == {f"{provider}/test/{index}" for index in range(12)}
     assert all(line["answer"] == line["truth"] for line in written)
     if provider == "cord_v2":  # everything is asked of every receipt: the counts are the ground truth's
         truths = [json.loads(row["ground_truth"])["gt_parse"] for row in CordV2(str(drawn), "test")._rows]
@@ -131,7 +131,56 @@ def test_an_untrained_model_gets_nothing(run: Run, folder: Path) -> None:
 def test_evaluate_refuses(run: Run, folder: Path) -> None:
     for flags, reason in (
         (("--dataset-provider", "mock"), "mock: has no answers to match; expected receipts, cord_v2"),
-        (("--seq-length", "8"), "12 samples longer than --seq-length 8: receipts/test/0"),
+        (("--seq-length", "8"), "12 samples, --seq-length 8: receipts/test/0 .dropped: first question and answer too"),
+        (("--answers", folder / "no/such/folder"), "No such file or directory: .*no/such/folder"),
     ):
         with pytest.raises(SystemExit, match=f"Refused: .*{reason}"):
             run("evaluate.py", "--load", folder, *flags)
+
+
+def chats(file: Path, answers: list[str]) -> tuple[str | Path, ...]:
+    """Flags that evaluate on conversations with these answers."""
+    file.write_text("".join(json.dumps({"prompt": "Read it.", "completion": answer}) + "\n" for answer in answers))
+    cache = ("--data-cache-path", file.parent / "cache")
+    return "--dataset-provider", "chat", "--dataset-path", file, *cache, "--batch-size", "2"
+
+
+def test_fields_of_ones_own(run: Run, folder: Path, tmp_path: Path, perfect: None) -> None:
+    """They keep their names; a text that the tokenizer composes is what the file means."""
+    answers = [json.dumps({"total": "Cre\u0300me", "items": [{"prix": 3}]}, ensure_ascii=False) for _ in range(3)]
+    table = rows(run("evaluate.py", "--load", folder, *chats(tmp_path / "test.jsonl", answers)))
+    assert table.keys() == {"total", "items.prix", "whole answer"}
+    assert {(count, match) for count, match, *_ in table.values()} == {("3", "100.0%")}
+
+
+def test_true_answers_are_read_first(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HfModel, "generate", lambda *_: pytest.fail("generated before the truths were read"))
+    flags = chats(tmp_path / "test.jsonl", ['{"a": 1}', "Red.", '{"a": 1}', "Blue."])
+    with pytest.raises(
+        SystemExit, match=r"(?s)Refused: .*test.jsonl:1: .*without fields.*Red.*\n.*test.jsonl:3: .*Blue"
+    ):
+        run("evaluate.py", "--load", folder, *flags)
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "assistant", "content": ["a"]}]}))
+    with pytest.raises(SystemExit, match=r"Refused: .*test.jsonl:0: messages\[0\]"):
+        run("evaluate.py", "--load", folder, *flags)
+
+
+def test_a_killed_evaluation_keeps_its_answers(
+    run: Run, folder: Path, tmp_path: Path, perfect: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, calls = HfModel.generate, []
+
+    def killed(self: HfModel, samples, max_new_tokens: int) -> list[Answer]:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(len(samples))
+        return answer(self, samples, max_new_tokens)
+
+    monkeypatch.setattr(HfModel, "generate", killed)
+    flags = chats(tmp_path / "test.jsonl", ['{"a": 1}'] * 5)
+    with pytest.raises(KeyboardInterrupt):
+        run("evaluate.py", "--load", folder, *flags, "--answers", tmp_path / "answers.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert calls == [2] and [row["answer"] for row in written] == ['{"a": 1}'] * 2
+    assert all(f"test.jsonl:{number}" in row["id"] for number, row in enumerate(written))

@@ -99,7 +99,10 @@ def test_a_malformed_record_is_named(truth: str | None, key: str, tmp_path: Path
         (None, r"gt_parse\.menu\[1\]\.nm"),
         (True, r"gt_parse\.menu\[1\]\.nm"),
         ("a</s_nm>", r"gt_parse\.menu\[1\]\.nm: a</s_nm> reads like"),
+        (float("nan"), r"gt_parse\.menu\[1\]\.nm: NaN"),
         ("<sep/>", r"gt_parse\.menu\[1\]\.nm: <sep/> reads like"),
+        ({"a><s_b": "x"}, r"gt_parse\.menu\[1\]\.nm: key 'a><s_b'"),
+        ({"": "x"}, r"gt_parse\.menu\[1\]\.nm: key ''"),
     ],
 )
 def test_a_value_that_is_none_is_named(value: Any, place: str, tmp_path: Path) -> None:
@@ -120,6 +123,15 @@ def test_a_missing_image_is_named(tmp_path: Path) -> None:
     path = parquet(tmp_path, [json.dumps({"gt_parse": PARSE})], image=None)
     with pytest.raises(ValueError, match="split train, row 0, key 'image'"):
         CordV2(path, "train")[0]
+
+
+def test_a_list_of_images_is_named(tmp_path: Path) -> None:
+    """Not the first one trained, nor the column's type a riddle at the start."""
+    features = datasets.Features({"image": datasets.List(datasets.Image()), "ground_truth": datasets.Value("string")})
+    row = {"image": [Image.new("RGB", (8, 8))] * 2, "ground_truth": json.dumps({"gt_parse": PARSE})}
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([row], features=features)}).save_to_disk(str(tmp_path))
+    with pytest.raises(ValueError, match=r"split train, row 0, key 'image': .* expected one image"):
+        CordV2(str(tmp_path), "train")[0]
 
 
 def test_unreadable_datasets_are_refused(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def digest(values: Iterable[Any]) -> str:
     for value in values:
         if isinstance(value, DTensor):
             value = value.to_local()
-        own.update(bytes(value.detach().reshape(-1).view(torch.uint8).numpy()) if isinstance(value, Tensor) else b"")
+        if isinstance(value, Tensor):
+            # A copy: NumPy's view would forbid FSDP to free the storage.
+            own.update(value.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes())
     of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_ranks, own.hexdigest())
     return " ".join(of_ranks)
