@@ -36,7 +36,8 @@ class BadSample(ValueError):
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
+        # Printed and written as UTF-8, which has no halves of characters.
+        super().__init__(message.encode(errors="backslashreplace").decode())
         self.reason = reason
 
     def named(self, name: str) -> BadSample:

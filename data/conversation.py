@@ -23,7 +23,7 @@ Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 # Keys of an image part that say how large the image becomes.
 SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-_KNOWN = ("role", "content", "weight")
+_KNOWN = ("role", "content", "weight", "tool_call_id")  # the last names a call, and templates go by the order
 _IMAGE_KEYS = ("image", "image_url", "path", "url", "base64", "bytes")
 
 
@@ -81,6 +81,7 @@ def checked_messages(conversation: Conversation, names: frozenset[str]) -> list[
         raise BadSample(Reason.MALFORMED, f"messages: {shown(conversation.messages)}; expected a list of turns")
     if conversation.tools is not None and "tools" not in names:
         raise BadSample(Reason.MALFORMED, "it has tools, and the chat template has no place for them")
+    _check_characters(conversation.tools, "tools")
     return [_checked(message, number, names) for number, message in enumerate(conversation.messages)]
 
 
@@ -91,6 +92,7 @@ def checked_parts(content: Any, key: str) -> list[dict[str, Any]]:
         BadSample: it is neither text nor parts; names the key.
     """
     if isinstance(content, str):
+        _check_characters(content, key)
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise BadSample(Reason.MALFORMED, f"{key}: {shown(content)}; expected text or a list of parts")
@@ -150,6 +152,7 @@ def _checked(message: Any, number: int, names: frozenset[str]) -> Message:
     else:
         content = given["content"]
     parts = checked_parts(content, f"{where}.content")
+    _check_characters({key: value for key, value in given.items() if key != "content"}, where)
     if role == "assistant" and any(part["type"] == "image" for part in parts):
         raise BadSample(Reason.MALFORMED, f"{where}: an image in an answer; the model writes text alone")
     return {**given, "content": parts}
@@ -162,22 +165,47 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     sources = [key for key in _IMAGE_KEYS if key in given]
     kind = given.get("type", "text" if "text" in given else "image" if sources else None)
     if kind == "text" and isinstance(given.get("text"), str) and given.keys() <= {"type", "text"}:
+        _check_characters(given["text"], f"{where}.text")
         return {"type": "text", "text": given["text"]}
     if kind in ("image", "image_url") and len(sources) == 1 and given.keys() <= {"type", *sources, *SIZE_KEYS}:
         sizes = {key: given[key] for key in SIZE_KEYS if key in given}
         return {"type": "image", "image": _source(sources[0], given[sources[0]], where), **sizes}
     raise BadSample(
         Reason.MALFORMED,
-        f"{where}: a part of type {shown(kind)} with keys {sorted(map(str, given))}; expected "
+        f"{where}: a part of type {shown(kind)} with keys {shown(sorted(map(str, given)))}; expected "
         '{"type": "text", "text": ...} or {"type": "image", "image": ...}',
     )
+
+
+def _check_characters(value: Any, where: str) -> None:
+    """JSON can write half of a character ("\\ud83d" alone), which has no tokens.
+
+    Raises:
+        BadSample: there is one; names the key.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadSample(
+                Reason.MALFORMED,
+                f"{where}: half of a character at {error.start} of {shown(value)}; repair the text's encoding",
+            ) from error
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_characters(key, where)
+            _check_characters(entry, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, entry in enumerate(value):
+            _check_characters(entry, f"{where}[{number}]")
 
 
 def _source(key: str, value: Any, where: str) -> Any:
     if key == "image_url" and isinstance(value, Mapping):
         given = {name: entry for name, entry in value.items() if entry is not None}
         if given.keys() != {"url"}:
-            raise BadSample(Reason.MALFORMED, f"{where}.image_url: keys {sorted(given)}; expected url alone")
+            keys = shown(sorted(map(str, given)))
+            raise BadSample(Reason.MALFORMED, f"{where}.image_url: keys {keys}; expected url alone")
         return given["url"]
     if key == "base64" and isinstance(value, str) and not value.startswith("data:"):
         return f"data:image;base64,{value}"

@@ -88,7 +88,8 @@ class PixelLimits:
         if not given:
             return self
         for key, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
+            # JSON's numbers may be infinite.
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 1 << 31 or value % 1:
                 raise BadSample(Reason.MALFORMED, f"key {key!r} of an image part: {shown(value)}; give pixels")
         height, width = (given.get(key) for key in ("resized_height", "resized_width"))
         if (height is None) != (width is None):
@@ -231,7 +232,7 @@ def _open_file(path: Path) -> Image.Image:
     try:
         kind = path.stat().st_mode
     except (OSError, ValueError) as error:
-        raise BadSample(Reason.MISSING, f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        raise BadSample(Reason.MISSING, f"{shown(str(path))}: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(kind):  # reading a pipe or a device may never end
         raise BadSample(Reason.MISSING, f"{path}: not a regular file")
     return _open(path, str(path))

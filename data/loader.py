@@ -108,8 +108,13 @@ def _build_readers(
 
     def split(name: Split, micro_batch_size: int, global_batch_size: int, tag: int) -> BatchReader | None:
         dataset = build(name, processor, model_inputs)
-        if len(dataset) == 0 and name != "train":
-            return None
+        if len(dataset) == 0:
+            if name != "train":
+                return None
+            where = f" of --dataset-path {' '.join(args.dataset_path)}" if args.dataset_path else ""
+            raise ValueError(
+                f"{dataset.name}: no row{where} is for training: files are empty, or named after other splits"
+            )
         sizes = measure(dataset, workers=args.num_workers)
         policy = BadSamplePolicy.of(args)
         policy.check_measured(dataset.name, sizes)

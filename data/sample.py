@@ -171,9 +171,11 @@ def build_prompt(conversation: Conversation, processor: ProcessorMixin, options:
     pictures = encoder.pictures([part for message in messages for part in message["content"]])
     grids = [patch_grid(picture, processor.image_processor) for picture in pictures]
     tokens = encoder.template.inference_prompts(messages, conversation.tools)[0]
+    if encoder.length(tokens, grids) > options.seq_len:
+        return None
     ids, trained = encoder.expand(tokens, [False] * len(tokens), grids)
     encoded = Encoded(ids, trained, pictures, grids, Outcome.WHOLE, conversation.id)
-    return sample_of(encoded, processor, options) if len(ids) <= options.seq_len else None
+    return sample_of(encoded, processor, options)
 
 
 def sample_of(encoded: Encoded, processor: ProcessorMixin, options: SampleOptions) -> Sample:
@@ -239,6 +241,8 @@ def encode_all(
         return [encoder.conversation(messages, conversation)]
     except BadSample as error:
         raise error.named(conversation.id) from error
+    except RecursionError as error:
+        raise BadSample(Reason.MALFORMED, f"{conversation.id}: values in values too deeply; flatten it") from error
 
 
 def value_mask(sample: Sample, conversation: Conversation, processor: ProcessorMixin) -> Tensor:
@@ -288,10 +292,10 @@ class _Encoder:
         pictures = self.pictures(parts)
         grids = self._grids(pictures)
         tokens = self.template.document(parts)
+        if self.length(tokens.ids, grids) > self._options.seq_len:
+            return self._dropped(Outcome.TOO_LONG, document.id)
         trained = [token not in self.template.vision_ids for token in tokens.ids]
         ids, trained = self.expand(tokens.ids, trained, grids)
-        if len(ids) > self._options.seq_len:
-            return self._dropped(Outcome.TOO_LONG, document.id)
         if not any(part["type"] == "text" and part["text"].strip() for part in parts):
             return self._dropped(Outcome.EMPTY, document.id)
         return self._kept(ids, trained, pictures, grids, Outcome.WHOLE, document.id, {})
@@ -324,11 +328,11 @@ class _Encoder:
             if tokens is None:
                 continue
             turns = self._turns(messages[:kept], tokens)
-            trained, notes = self._trained(messages, tokens, turns, wanted)
-            ids, trained = self.expand(tokens.ids, trained, grids)
-            if len(ids) > self._options.seq_len:
+            if self.length(tokens.ids, grids) > self._options.seq_len:
                 longest = self._longest(turns, tokens, grids, kept)
                 continue
+            trained, notes = self._trained(messages, tokens, turns, wanted)
+            ids, trained = self.expand(tokens.ids, trained, grids)
             notes += Counter({EMPTY_ANSWER: sum(index < kept for index in empty)})
             outcome = Outcome.WHOLE if kept == len(messages) else Outcome.CUT
             return self._kept(ids, trained, pictures, grids, outcome, conversation.id, +notes)
@@ -370,6 +374,11 @@ class _Encoder:
                 except BadSample as error:
                     raise error.named(f"image {len(found)}") from error
         return found
+
+    def length(self, ids: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> int:
+        """Of what `expand` makes, which a part's own size may let take any memory."""
+        merged = self._processor.image_processor.merge_size**2
+        return len(ids) + sum(prod(grid) // merged - 1 for grid in grids)
 
     def expand(
         self, ids: Sequence[int], trained: Sequence[bool], grids: Sequence[tuple[int, int, int]]

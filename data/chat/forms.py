@@ -22,6 +22,8 @@ from data.bad_sample import BadSample, Reason, shown
 from data.conversation import Conversation, Document, Message
 
 MARKER = "<image>"
+# Media that a row may name and that aren't read.
+_UNREAD = ("video", "videos", "audio", "audios")
 # ShareGPT's names of the roles.
 _ROLES = {
     "human": "user",
@@ -59,9 +61,14 @@ def read_row(row: Any, name: str, media_root: Path | None) -> Conversation | Doc
         return _with_media(made, media_root)
     except BadSample as error:
         raise error.named(name) from error
+    except RecursionError as error:
+        raise BadSample(Reason.MALFORMED, f"{name}: values in values too deeply; flatten it") from error
 
 
 def _read(row: dict[str, Any], name: str) -> Conversation | Document:
+    for key in _UNREAD:
+        if row.get(key):
+            raise BadSample(Reason.MALFORMED, f"key {key}: nothing but images and text is read; leave such rows out")
     images = _images(row)
     if "messages" in row:
         messages = [_message(turn, f"messages[{n}]") for n, turn in enumerate(_list(row, "messages"))]
@@ -79,7 +86,9 @@ def _read(row: dict[str, Any], name: str) -> Conversation | Document:
             Reason.MALFORMED,
             f"keys {shown(sorted(map(str, row)))}; expected messages, conversations, prompt and completion, or text",
         )
-    if isinstance(row.get("system"), str) and row["system"]:
+    if row.get("system"):
+        if not isinstance(row["system"], str):
+            raise BadSample(Reason.MALFORMED, f"system: {shown(row['system'])}; expected a text")
         if messages and messages[0].get("role") == "system":
             raise BadSample(Reason.MALFORMED, "a key system beside a system message; give one")
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -92,10 +101,13 @@ def _list(row: Mapping[str, Any], key: str) -> list[Any]:
     return list(row[key])
 
 
-def _images(row: Mapping[str, Any]) -> list[Any]:
+def _images(row: Mapping[str, Any]) -> list[Any] | None:
+    """The row's images; None where it has no key for them."""
     if "images" in row and "image" in row:
         raise BadSample(Reason.MALFORMED, "keys image and images; give one")
-    found = row.get("images", row.get("image", []))
+    if "images" not in row and "image" not in row:
+        return None
+    found = row.get("images", row.get("image"))
     return list(found) if isinstance(found, list | tuple) else [found]
 
 
@@ -106,7 +118,7 @@ def _message(turn: Any, where: str) -> Message:
     message = {key: value for key, value in turn.items() if value is not None}
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
-        if speaker not in _ROLES:
+        if not isinstance(speaker, str) or speaker not in _ROLES:
             raise BadSample(Reason.MALFORMED, f"{where}: from {shown(speaker)}; expected one of {', '.join(_ROLES)}")
         message["role"] = _ROLES[speaker]
         if "value" in message and "content" not in message:
@@ -136,8 +148,6 @@ def _with_arguments(call: Any, where: str) -> Any:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadSample(Reason.MALFORMED, f"{where}.tool_calls: {shown(call)}; expected a function with a name")
     given = function.get("arguments")
-    if isinstance(given, Mapping):  # a table's column has the keys of all its rows
-        given = {key: value for key, value in given.items() if value is not None}
     arguments = {} if given is None else _json(given, f"{where}.tool_calls.arguments")
     if not isinstance(arguments, Mapping):
         raise BadSample(Reason.MALFORMED, f"{where}.tool_calls.arguments: {shown(arguments)}; expected an object")
@@ -174,12 +184,12 @@ def _prompt_and_completion(row: Mapping[str, Any]) -> list[Message]:
     return [*messages, *(_message(turn, f"completion[{n}]") for n, turn in enumerate(_list(row, "completion")))]
 
 
-def _placed(messages: list[Message], images: list[Any]) -> list[Message]:
+def _placed(messages: list[Message], images: list[Any] | None) -> list[Message]:
     """The row's images in their places: `<image>` in a text that isn't an answer's, or an image part without a source.
 
-    Without images of the row's own, `<image>` is text.
+    Where the row has no key for images, `<image>` is text.
     """
-    if not images:
+    if images is None:
         return messages
     waiting = list(images)
     places = 0
@@ -228,7 +238,11 @@ def _with_media(made: Conversation | Document, media_root: Path | None) -> Conve
     if media_root is None:
         return made
     if isinstance(made, Document):
-        return Document([_rooted(part, media_root) for part in made.parts], made.id)
+        return (
+            made
+            if isinstance(made.parts, str)
+            else Document([_rooted(part, media_root) for part in made.parts], made.id)
+        )
     messages = [
         {**message, "content": [_rooted(part, media_root) for part in message["content"]]}
         if isinstance(message.get("content"), list)

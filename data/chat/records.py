@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetsError
 
 from data.bad_sample import BadSample, Reason
 from data.cache import locked, published
@@ -93,7 +95,10 @@ class JsonLines:
         try:
             return json.loads(line.decode("utf-8-sig" if start == 0 else "utf-8"))
         except (ValueError, RecursionError) as error:
-            raise BadSample(Reason.ROW, f"{self.place(index)}: not JSON: {error}") from error
+            raise BadSample(
+                Reason.ROW,
+                f"{self.place(index)}: not JSON: {error}; a file has one object a line, or one array of them",
+            ) from error
 
     def place(self, index: int) -> str:
         return f"{self.name}:{index}"
@@ -119,7 +124,7 @@ class ArrowRows:
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self._table[index]
+            return _present(self._table[index])
         except Exception as error:  # Arrow's own, of a damaged page
             raise BadSample(Reason.ROW, f"{self.place(index)}: {error!r}") from error
 
@@ -144,7 +149,7 @@ def open_file(path: Path, cache: Path) -> Rows:
         if name.endswith(".gz") or _is_array(path):
             return JsonLines(_unpacked(path, cache), cache, path)
         return JsonLines(path, cache)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, RecursionError, zlib.error, DatasetsError) as error:
         raise ValueError(f"--dataset-path {path}: {type(error).__name__}: {error}") from error
 
 
@@ -200,10 +205,17 @@ def _unpacked(path: Path, cache: Path) -> Path:
     return target
 
 
+def _present(value: Any) -> Any:
+    """A table's value without the keys that are other rows': a column of objects has the keys of them all."""
+    if isinstance(value, dict):
+        return {key: _present(entry) for key, entry in value.items() if entry is not None}
+    return [_present(entry) for entry in value] if isinstance(value, list) else value
+
+
 def _undecoded(feature: Any) -> Any:
-    """A column's type with every image in it undecoded."""
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
+    """A column's type with every image, sound and film in it undecoded."""
+    if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+        return type(feature)(decode=False)
     if isinstance(feature, datasets.List | datasets.LargeList):
         return type(feature)(_undecoded(feature.feature))
     if isinstance(feature, dict):

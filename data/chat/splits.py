@@ -10,9 +10,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import re
 from argparse import Namespace
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -37,7 +39,9 @@ _NAMES: dict[str, Split] = {
     "val": "validation",
     "dev": "validation",
     "eval": "validation",
+    "evaluation": "validation",
     "test": "test",
+    "testing": "test",
 }
 _NAMED = re.compile(rf"({'|'.join(_NAMES)})([-_.\d].*)?", re.IGNORECASE)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -97,6 +101,9 @@ def split_rows(args: Namespace, split: Split) -> SplitRows:
         raise ValueError("--dataset-provider chat: needs --dataset-path FILE, FOLDER, GLOB or HUB_NAME")
     cache = cache_folder(args)
     found = [entry for path in args.dataset_path for entry in _sources(path, cache)]
+    names = Counter(Path(rows.name).resolve() for _, rows in found)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"--dataset-path: {twice[0]} is named twice, so its rows would count twice; name it once")
     named = {name for name, _ in found if name is not None}
     if args.split is None:
         return SplitRows([Part(rows) for name, rows in found if (name or "train") == split])
@@ -113,6 +120,8 @@ def split_rows(args: Namespace, split: Split) -> SplitRows:
 
 def _sources(path: str, cache: Path) -> list[tuple[Split | None, Rows]]:
     """Everything that one `--dataset-path` names, each with its split's name if it has one."""
+    if not path:
+        raise ValueError("--dataset-path: an empty name; give FILE, FOLDER, GLOB or HUB_NAME")
     place = Path(path).expanduser()
     if place.is_file():
         return [(_split_of(place), open_file(place, cache))]
@@ -120,6 +129,9 @@ def _sources(path: str, cache: Path) -> list[tuple[Split | None, Rows]]:
         return _folder(place, cache)
     if glob.has_magic(path):
         files = sorted(Path(name) for name in glob.glob(str(place), recursive=True))
+        # `**` gives folders and what is in them.
+        inside = {parent for file in files for parent in file.parents}
+        files = [file for file in files if file not in inside]
         found = [entry for file in files for entry in _sources(str(file), cache)]
         if not found:
             raise ValueError(f"--dataset-path {path}: no file has such a name")
@@ -184,7 +196,7 @@ def _bounds(text: str) -> list[float]:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         weights = []
-    if not 1 <= len(weights) <= 3 or min(weights) < 0 or sum(weights) <= 0:
+    if not 1 <= len(weights) <= 3 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise ValueError(f"--split {text}: expected up to three weights, such as 98,1,1")
     weights += [0.0] * (3 - len(weights))
     return [0.0, *(total / sum(weights) for total in accumulate(weights))]
@@ -210,7 +222,7 @@ class _Place:
     def __call__(self, index: int) -> float:
         try:
             text = canonical(self.rows[index])
-        except BadSample:  # it is counted when it is measured
+        except (BadSample, RecursionError):  # it is counted when it is measured
             text = str(index)
         return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6]) / (1 << 48)
 

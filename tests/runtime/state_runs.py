@@ -2,15 +2,15 @@
 
     python tests/runtime/state_runs.py JOBS.json
 
-JOBS.json as for fsdp_runs.py. Each job writes `out/NAME.pt`: a list of (weights, optimizer), digests over all ranks
-before the first step, after it, and so on. Not a test: a program that test_empty_steps.py starts.
+JOBS.json as for fsdp_runs.py. Each job writes `out/NAME.json`: a list of the ranks' digests by name, before the first
+step, after it, and so on. Not a test: a program that test_empty_steps.py starts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +19,37 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from proofs.full_tensors import full_parameters
 
-def digest(values: Iterable[Any]) -> str:
-    """Over all ranks."""
-    own = hashlib.sha256()
-    for value in values:
-        if isinstance(value, DTensor):
-            value = value.to_local()
-        if isinstance(value, Tensor):
-            # A copy: NumPy's view would forbid FSDP to free the storage.
-            own.update(value.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+def digest(value: Any) -> str:
+    own = value.to_local() if isinstance(value, DTensor) else value
+    # A copy: NumPy's view would forbid FSDP to free the storage.
+    content = own.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes() if isinstance(own, Tensor) else own
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def state_of(model: list[nn.Module], optimizer: Any) -> dict[str, str]:
+    """Of the weights; and of the optimizer's own copies of them, moments and steps."""
+    own = {f"weight {name}": digest(value) for name, value in full_parameters(model)}
+    for number, chained in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+        parameters = [parameter for group in chained.optimizer.param_groups for parameter in group["params"]]
+        for place, parameter in enumerate(parameters):
+            state = {"value": parameter, **chained.optimizer.state.get(parameter, {})}
+            own |= {f"optimizer {number} {place} {name}": digest(value) for name, value in state.items()}
     of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, own.hexdigest())
-    return " ".join(of_ranks)
-
-
-def state_of(model: list[nn.Module], optimizer: Any) -> tuple[str, str]:
-    """The weights as forward uses them; Adam's moments and steps, and the fp32 weights that it updates."""
-    held = []
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in chained.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = chained.optimizer.state.get(parameter, {})
-                held += [parameter, *(state[name] for name in sorted(state))]
-    return digest(parameter for chunk in model for parameter in chunk.parameters()), digest(held)
+    torch.distributed.all_gather_object(of_ranks, own)
+    return {f"{rank} {name}": value for rank, values in enumerate(of_ranks) for name, value in values.items()}
 
 
 def run(flags: list[str], out: Path) -> None:
-    found: list[tuple[str, str]] = []
+    found: list[dict[str, str]] = []
     train_step = fsdp_runs.training.train_step
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         model, optimizer = args[2:4]
-        found.append(state_of(model, optimizer)) if not found else None
+        if not found:
+            found.append(state_of(model, optimizer))
         outcome = train_step(*args, **kwargs)
         found.append(state_of(model, optimizer))
         return outcome
@@ -59,7 +57,7 @@ def run(flags: list[str], out: Path) -> None:
     fsdp_runs.training.train_step = watched
     fsdp_runs.pretrain_multimodal.main(flags)
     if os.environ["RANK"] == "0":
-        torch.save(found, out)
+        out.with_suffix(".json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

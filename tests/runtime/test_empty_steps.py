@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 
 pytestmark = pytest.mark.heavy
 
@@ -56,19 +55,22 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.parametrize("name", JOBS)
 def test_nothing_changes(name: str, printed: tuple[Path, str]) -> None:
     """Step 2 is broken on all ranks. Step 3 is so on one rank of two alone, and trains."""
-    states = torch.load(printed[0] / f"{name}.pt", weights_only=True)
-    for held in zip(*states, strict=True):  # weights; optimizer
-        assert [before != after for before, after in pairwise(held)] == [True, False, True, True]
+    states = json.loads((printed[0] / f"{name}.json").read_text())
+    first, second, third, last = (
+        [key for key in before | after if before.get(key) != after.get(key)] for before, after in pairwise(states)
+    )
+    assert first and third and last
+    assert second == []
 
 
 def test_the_log_says_so(printed: tuple[Path, str]) -> None:
-    """By an own line, and as Megatron counts steps that are left out; such a step has no loss, so no NaN either."""
+    """By an own line, and as Megatron counts steps that are left out; its loss is no NaN."""
     text = printed[1]
     assert text.count("> iteration 2: skipped, no sample of it can be trained on") == len(JOBS)
     lines = re.findall(r"iteration +(\d)/ .*", text)
     assert lines.count("2") == len(JOBS)
     for line in re.findall(r"iteration +2/ .*", text):
         assert "number of skipped iterations:   1" in line and "number of nan iterations:   0" in line
-        assert "lm loss" not in line
+        assert " loss: nan" not in line
     for line in re.findall(r"iteration +[134]/ .*", text):
         assert "number of skipped iterations:   0" in line and "lm loss" in line
