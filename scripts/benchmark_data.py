@@ -3,8 +3,10 @@
 python scripts/benchmark_data.py [--images N] [--seconds S]
 
 samples/s: one worker, against the bare HuggingFace processor on the same files and texts. batches: micro-batches of
-documents against the HuggingFace processor and padding. padding: rows of one sample, packs of one micro-batch, ours and
-first-fit-decreasing. start-up: measuring and planning. Single-threaded, on the CPU.
+documents against the HuggingFace processor, its padding and labels. waiting: for a loader with two workers, beside
+steps in which the host is idle. padding: rows of one sample, packs of one micro-batch, ours and first-fit-decreasing.
+start-up: measuring and planning. Each process has one thread; both sides of a ratio take turns, so that what disturbs
+the machine disturbs both.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import random
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,24 @@ import torch
 from PIL import Image
 
 from data import DATASET_PROVIDERS
-from data.batch import collate
+from data.bad_log import BadSampleLog, BadSamplePolicy
+from data.batch import Batch, CollatePacks, collate
 from data.dataset import ConversationDataset
 from data.lengths import NAMES, lengths_of
-from data.pack import Pack
+from data.pack import IndexedPacks, Pack
 from data.plan import PackPlan
+from data.reader import BatchReader, Ranks
 from data.receipts.processor import processor_for
 from data.sizes import Sizes, measure
 from models.qwen35_vl.configuration import VARIANTS
 from models.qwen35_vl.inputs import Qwen35VLInputs
 from runtime import quiet_libraries
 
+STEPS = (0, 100, 300, 1000)  # milliseconds of a step in the table of waiting
+ROUNDS = 5  # turns of each measurement
+MAX_PIXELS = 200_000  # of an image
+# Documents of a batch, its tokens, and pixels of an image that fill them.
+BATCHES = ((32, 16_384, 400_000), (64, 8_192, 30_000))
 BUDGET = 4096  # tokens of a pack in the table of padding
 WORDS = (
     *("the", "receipt", "shows", "a", "total", "of", "seventeen", "and", "a", "shop", "named", "oak", "with"),
@@ -57,19 +66,25 @@ def write_chats(folder: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
-def rate(work: Callable[[int], Any], count: int, seconds: float) -> float:
-    """Calls per second, over the same indices again and again; the best of three."""
-    best = 0.0
-    for _ in range(3):
-        done, start = 0, time.perf_counter()
-        while (spent := time.perf_counter() - start) < seconds / 3:
-            work(done % count)
-            done += 1
-        best = max(best, done / spent)
-    return best
+def rates(works: Sequence[Callable[[int], Any]], count: int, seconds: float) -> list[float]:
+    """Calls per second of this process' time, over the same indices again and again: the median of ROUNDS turns.
+
+    Args:
+        count: indices there are.
+        seconds: of all turns of one of the works.
+    """
+    found: list[list[float]] = [[] for _ in works]
+    for _ in range(ROUNDS):
+        for work, speeds in zip(works, found, strict=True):
+            done, start, used = 0, time.perf_counter(), time.process_time()
+            while time.perf_counter() - start < seconds / ROUNDS or done < 1:
+                work(done % count)
+                done += 1
+            speeds.append(done / (time.process_time() - used))
+    return [float(np.median(speeds)) for speeds in found]
 
 
-def chats(path: Path, processor: Any, seq_length: int) -> ConversationDataset:
+def chats(path: Path, processor: Any, seq_length: int, max_pixels: int = MAX_PIXELS) -> ConversationDataset:
     args = Namespace(
         dataset_path=[str(path)],
         data_cache_path=str(path.parent / "cache"),
@@ -78,7 +93,7 @@ def chats(path: Path, processor: Any, seq_length: int) -> ConversationDataset:
         num_workers=0,
         seq_length=seq_length,
         min_pixels=None,
-        max_pixels=200_000,
+        max_pixels=max_pixels,
         params_dtype=torch.float32,
         strict_special_mask=False,
         train_on="all",
@@ -90,58 +105,102 @@ def chats(path: Path, processor: Any, seq_length: int) -> ConversationDataset:
     return dataset
 
 
-def hf_inputs(rows: list[dict[str, Any]], folder: Path, processor: Any) -> Any:
-    """The bare processor's, which pads a batch by itself."""
+def hf_inputs(rows: list[dict[str, Any]], folder: Path, processor: Any, max_pixels: int = MAX_PIXELS) -> Any:
+    """The bare processor's, which pads a batch by itself, and labels as HuggingFace's collators make them."""
     texts, images = [], []
     for row in rows:
         question = [{"type": "image"}, {"type": "text", "text": row["prompt"].removeprefix("<image>")}]
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["completion"]}]
         texts.append(processor.apply_chat_template(turns, tokenize=False))
         images.append(Image.open(folder / row["images"][0]).convert("RGB"))
-    sizes = {"min_pixels": processor.image_processor.size["shortest_edge"], "max_pixels": 200_000}
-    return processor(text=texts, images=images, padding=True, return_tensors="pt", **sizes)
+    sizes = {"min_pixels": processor.image_processor.size["shortest_edge"], "max_pixels": max_pixels}
+    made = processor(text=texts, images=images, padding=True, return_tensors="pt", **sizes)
+    made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
+    return made
 
 
-def samples_table(folder: Path, count: int, seconds: float) -> list[str]:
-    config = VARIANTS["tiny"].to_hf()
-    processor = processor_for(config)
-    path = write_chats(folder, count)
+def samples_table(path: Path, count: int, seconds: float) -> list[str]:
+    processor = processor_for(VARIANTS["tiny"].to_hf())
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     dataset = chats(path, processor, 4096)
-    ours = rate(lambda index: dataset[index], count, seconds)
-    bare = rate(lambda index: hf_inputs([rows[index]], folder, processor), count, seconds)
-    lines = ["| what | ours | HuggingFace | ratio |", "| --- | --- | --- | --- |"]
-    lines.append(f"| samples/s of one worker | {ours:.1f} | {bare:.1f} | {ours / bare:.2f} |")
-    for documents, seq_length in ((32, 16_384), (64, 8_192)):
-        shrunk = chats(path, processor, seq_length)
-        make = partial(
-            collate,
-            model_inputs=_model_inputs(),
-            alignment=1,
-            packed=True,
-            seq_len=seq_length,
-            dtype=torch.float32,
-            pad_token_id=processor.tokenizer.pad_token_id,
+
+    def bare(index: int) -> Any:
+        return hf_inputs([rows[index]], path.parent, processor)
+
+    lines = ["| per second of one process | ours | HuggingFace | ratio |", "| --- | --- | --- | --- |"]
+    ours, theirs = rates((lambda index: dataset[index], bare), count, seconds)
+    lines.append(f"| samples | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |")
+    for documents, seq_length, pixels in BATCHES:
+        ours, theirs = rates(
+            (
+                partial(packed_batch, chats(path, processor, seq_length, pixels), documents, seq_length),
+                lambda index, number=documents, most=pixels: hf_inputs(
+                    [rows[(index * number + place) % count] for place in range(number)], path.parent, processor, most
+                ),
+            ),
+            count,
+            seconds,
         )
-
-        def batch(index: int, dataset: ConversationDataset = shrunk, number: int = documents, make: Any = make) -> Any:
-            pack: Pack = [dataset[(index * number + place) % count] for place in range(number)]
-            return make([pack])
-
-        def theirs(index: int, number: int = documents) -> Any:
-            return hf_inputs([rows[(index * number + place) % count] for place in range(number)], folder, processor)
-
-        mine, bare = rate(batch, count, seconds), rate(theirs, count, seconds)
-        lines.append(f"| micro-batches/s of {documents} documents | {mine:.2f} | {bare:.2f} | {mine / bare:.2f} |")
+        name = f"batches of {documents} documents in {seq_length:,} tokens"
+        lines.append(f"| {name} | {ours:.3f} | {theirs:.3f} | {ours / theirs:.2f} |")
     return lines
 
 
-def _model_inputs() -> Any:
-    import arguments
+def packed_batch(dataset: ConversationDataset, documents: int, seq_length: int, index: int) -> Batch:
+    pack: Pack = [dataset[(index * documents + place) % len(dataset)] for place in range(documents)]
+    assert sum(len(sample.input_ids) for sample in pack) <= seq_length
+    return collate_of(seq_length, dataset.processor)([pack])
 
-    words = ["--model-variant", "tiny", "--seq-length", "4096", "--micro-batch-size", "1"]
-    command_line = arguments.preflight_or_exit(words)
-    return command_line.spec.model_inputs(command_line.config)
+
+def collate_of(seq_length: int, processor: Any) -> CollatePacks:
+    return partial(
+        collate,
+        model_inputs=Qwen35VLInputs(VARIANTS["tiny"]),
+        alignment=1,
+        packed=True,
+        seq_len=seq_length,
+        dtype=torch.float32,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+
+
+class _Alone:
+    """A process group of one rank."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def waiting_table(path: Path, batches: int) -> list[str]:
+    """How long a training waits for packs of 4,096 tokens; the first batch, which starts the workers, isn't counted."""
+    processor = processor_for(VARIANTS["tiny"].to_hf())
+    dataset = chats(path, processor, BUDGET)
+    group: Any = _Alone()
+    lines = ["| milliseconds of a step | waiting, median | 90% of the steps below |", "| --- | --- | --- |"]
+    for step in STEPS:
+        source = IndexedPacks(dataset, PackPlan(measure(dataset), seed=0, token_budget=BUDGET, packed=True), order="")
+        reader = BatchReader(
+            source,
+            collate_of(BUDGET, processor),
+            Ranks(0, 1, group, group),
+            micro_batch_size=1,
+            global_batch_size=1,
+            workers=2,
+            device=torch.device("cpu"),
+            log=BadSampleLog(dataset.name, BadSamplePolicy(), None),
+        )
+        next(reader)
+        waits = []
+        for _ in range(batches):
+            time.sleep(step / 1000)
+            start = time.perf_counter()
+            next(reader)
+            waits.append(1000 * (time.perf_counter() - start))
+        lines.append(f"| {step} | {np.median(waits):.1f} | {np.percentile(waits, 90):.1f} |")
+    return lines
 
 
 def first_fit_decreasing(lengths: np.ndarray, budget: int) -> int:
@@ -179,42 +238,70 @@ def padding_table(count: int) -> list[str]:
     return lines
 
 
-def startup_table(folder: Path) -> list[str]:
-    """Measuring 1,000 chats, and planning 1,000 and a million of known sizes."""
+def startup_table(folder: Path, many: int) -> list[str]:
+    """1,000 and `many` chats without images: opened, and planned; the 1,000 also measured, once and from the cache."""
     processor = processor_for(VARIANTS["tiny"].to_hf())
-    path = folder / "text.jsonl"
-    rows = [{"prompt": " ".join(WORDS), "completion": " ".join(WORDS[: 1 + index % 15])} for index in range(1000)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    start = time.perf_counter()
-    measure(chats(path, processor, BUDGET))
-    lines = ["| start-up | seconds |", "| --- | --- |", f"| 1,000 chats measured | {time.perf_counter() - start:.2f} |"]
-    for count in (1_000, 1_000_000):
+    lines = [
+        "| chats | file opened | sizes measured | sizes from the cache | packs planned |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for count in (1_000, many):
+        path = folder / f"text-{count}.jsonl"
+        with path.open("w") as file:
+            for index in range(count):
+                row = {"prompt": f"{index} {' '.join(WORDS[:8])}", "completion": " ".join(WORDS[: 1 + index % 15])}
+                file.write(json.dumps(row) + "\n")
+        clock = _Clock()
+        dataset = chats(path, processor, BUDGET)
+        opened = clock.lap()
+        measured = again = "-"
+        if count != many:
+            measure(dataset)
+            measured = clock.lap()
+            measure(chats(path, processor, BUDGET))
+            again = clock.lap()
         tokens = lengths_of("chat-like", count, BUDGET).astype(np.int32)
         patches = np.where(np.arange(count) % 2, np.minimum(tokens * 4, 16_000), 0).astype(np.int32)
-        wall, start = time.perf_counter(), time.process_time()
-        PackPlan(
-            Sizes(tokens, patches, tokens, {}, {}), seed=0, token_budget=BUDGET, patch_budget=16_384, packed=True
-        ).epoch_packs()
-        cpu, wall = time.process_time() - start, time.perf_counter() - wall
-        lines.append(f"| {count:,} chats planned, with a patch budget | {wall:.2f} ({cpu:.2f} of the CPU) |")
+        sizes = Sizes(tokens, patches, tokens, {}, {})
+        clock.lap()
+        PackPlan(sizes, seed=0, token_budget=BUDGET, patch_budget=16_384, packed=True).epoch_packs()
+        lines.append(f"| {count:,} | {opened} | {measured} | {again} | {clock.lap()} |")
     return lines
+
+
+class _Clock:
+    """Seconds since the last lap, and in brackets those of the processor."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), time.process_time()
+
+    def lap(self) -> str:
+        now = time.perf_counter(), time.process_time()
+        wall, used = (end - start for end, start in zip(now, self._start, strict=True))
+        self._start = now
+        return f"{wall:.2f} s ({used:.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=64, help="Chats with a photograph each")
-    parser.add_argument("--seconds", type=float, default=12.0, help="Of each measurement")
+    parser.add_argument("--seconds", type=float, default=20.0, help="Of each measurement")
     parser.add_argument("--lengths", type=int, default=10_000, help="Samples in the table of padding")
+    parser.add_argument("--batches", type=int, default=20, help="Batches that are waited for")
+    parser.add_argument("--chats", type=int, default=1_000_000, help="Of the larger start-up")
     options = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = write_chats(folder, options.images)
         for table in (
-            padding_table(options.lengths),
-            startup_table(Path(folder)),
-            samples_table(Path(folder), options.images, options.seconds),
+            lambda: padding_table(options.lengths),
+            lambda: samples_table(path, options.images, options.seconds),
+            lambda: waiting_table(path, options.batches),
+            lambda: startup_table(folder, options.chats),
         ):
-            print("\n".join(table), end="\n\n", flush=True)
+            print("\n".join(table()), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

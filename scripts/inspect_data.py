@@ -14,8 +14,11 @@ from pathlib import Path
 
 import arguments
 
-# What training has from the launcher.
-DEFAULTS = ["--seq-length", "4096", "--micro-batch-size", "1", "--global-batch-size", "1"]
+# What training has from the launcher, or must be told.
+DEFAULTS = [
+    *("--seq-length", "4096", "--micro-batch-size", "1", "--global-batch-size", "1"),
+    *("--train-iters", "1", "--lr", "1e-5"),
+]
 
 
 def read_arguments() -> tuple[Namespace, arguments.CommandLine]:

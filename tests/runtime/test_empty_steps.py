@@ -23,7 +23,7 @@ FLAGS = [
 FSDP = ("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params", "--ckpt-format fsdp_dtensor")
 JOBS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
-    "distopt": (2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
+    "distopt": (2, ("--use-distributed-optimizer",)),
     "ep2": (2, ("--expert-model-parallel-size 2",)),
     "pp2": (2, ("--pipeline-model-parallel-size 2",)),
     "fsdp": (2, FSDP),
