@@ -122,8 +122,13 @@ def as_terminal(shown: Shown, *, color: bool) -> str:
     facts = shown.as_json()
     head = f"{shown.id}: {facts['tokens']} tokens, {facts['trained_tokens']} trained, {facts['images']} images"
     marks = {"trained": (green, plain), "image": (grey, plain), "context": ("", "")}
-    text = "".join(f"{marks[span.kind][0]}{_words(span)}{marks[span.kind][1]}" for span in shown.spans)
+    text = "".join(f"{marks[span.kind][0]}{_visible(_words(span))}{marks[span.kind][1]}" for span in shown.spans)
     return "\n".join(filter(None, [head, shown.outcome, text]))
+
+
+def _visible(text: str) -> str:
+    """Control characters in data as they are written in Python: some command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def as_html(facts: Sequence[tuple[str, str]], samples: Sequence[Shown]) -> str:

@@ -43,8 +43,9 @@ from runtime import quiet_libraries
 STEPS = (0, 100, 300, 1000)  # milliseconds of a step in the table of waiting
 ROUNDS = 5  # turns of each measurement
 MAX_PIXELS = 200_000  # of an image
-# Documents of a batch, its tokens, and pixels of an image that fill them.
-BATCHES = ((32, 16_384, 400_000), (64, 8_192, 30_000))
+CHATS = (12, 60)  # words of a question and of an answer
+# Documents of a batch, its tokens, and the pixels of an image and the words of a text that fill them.
+BATCHES = ((32, 16_384, 400_000, CHATS), (64, 8_192, 60_000, (4, 12)))
 BUDGET = 4096  # tokens of a pack in the table of padding
 WORDS = (
     *("the", "receipt", "shows", "a", "total", "of", "seventeen", "and", "a", "shop", "named", "oak", "with"),
@@ -52,14 +53,15 @@ WORDS = (
 )
 
 
-def write_chats(folder: Path, count: int, seed: int = 0) -> Path:
+def write_chats(folder: Path, count: int, words: tuple[int, int] = CHATS) -> Path:
     """JPEG photographs of noise and chats about them."""
-    numbers = random.Random(seed)
+    folder.mkdir()
+    numbers = random.Random(0)
     rows = []
     for index in range(count):
         size = (numbers.randrange(200, 900), numbers.randrange(200, 900))
         Image.effect_noise(size, 80).convert("RGB").save(folder / f"{index}.jpeg", quality=85)
-        question, answer = (" ".join(numbers.choices(WORDS, k=length)) for length in (12, 60))
+        question, answer = (" ".join(numbers.choices(WORDS, k=length)) for length in words)
         rows.append({"prompt": f"<image>{question}", "completion": answer, "images": [f"{index}.jpeg"]})
     path = folder / "chats.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -130,13 +132,13 @@ def samples_table(path: Path, count: int, seconds: float) -> list[str]:
     lines = ["| per second of one process | ours | HuggingFace | ratio |", "| --- | --- | --- | --- |"]
     ours, theirs = rates((lambda index: dataset[index], bare), count, seconds)
     lines.append(f"| samples | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |")
-    for documents, seq_length, pixels in BATCHES:
+    for number, (documents, seq_length, pixels, words) in enumerate(BATCHES):
+        path = write_chats(path.parent.parent / f"batches-{number}", count, words)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
         ours, theirs = rates(
             (
                 partial(packed_batch, chats(path, processor, seq_length, pixels), documents, seq_length),
-                lambda index, number=documents, most=pixels: hf_inputs(
-                    [rows[(index * number + place) % count] for place in range(number)], path.parent, processor, most
-                ),
+                partial(padded_batch, rows, path.parent, processor, documents, pixels),
             ),
             count,
             seconds,
@@ -144,6 +146,13 @@ def samples_table(path: Path, count: int, seconds: float) -> list[str]:
         name = f"batches of {documents} documents in {seq_length:,} tokens"
         lines.append(f"| {name} | {ours:.3f} | {theirs:.3f} | {ours / theirs:.2f} |")
     return lines
+
+
+def padded_batch(
+    rows: list[dict[str, Any]], folder: Path, processor: Any, documents: int, max_pixels: int, index: int
+) -> Any:
+    chosen = [rows[(index * documents + place) % len(rows)] for place in range(documents)]
+    return hf_inputs(chosen, folder, processor, max_pixels)
 
 
 def packed_batch(dataset: ConversationDataset, documents: int, seq_length: int, index: int) -> Batch:
@@ -294,7 +303,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = write_chats(folder, options.images)
+        path = write_chats(folder / "chats", options.images)
         for table in (
             lambda: padding_table(options.lengths),
             lambda: samples_table(path, options.images, options.seconds),

@@ -32,6 +32,10 @@ def read_arguments() -> tuple[Namespace, arguments.CommandLine]:
     parser.add_argument("--dataset-provider", default="chat", help="As in training")
     parser.add_argument("--dataset-path", nargs="+", default=[], help="As in training")
     options, rest = parser.parse_known_args()
+    for name in ("html", "json"):
+        file = vars(options)[name]
+        if file is not None and not file.absolute().parent.is_dir():
+            parser.error(f"--{name} {file}: no such folder")
     path = ["--dataset-path", *options.dataset_path] if options.dataset_path else []
     words = [*DEFAULTS, "--dataset-provider", options.dataset_provider, *path, *rest]
     return options, arguments.preflight_or_exit(words)
@@ -82,11 +86,12 @@ def main() -> None:
     for sample in samples:
         print(f"\n{as_terminal(sample, color=sys.stdout.isatty())}")
     if options.html is not None:
-        options.html.write_text(as_html(facts, samples))
+        options.html.write_text(as_html(facts, samples), encoding="utf-8")
     if options.json is not None:
         everything = show(dataset, range(len(dataset)), tokenizer, model_inputs.image_token_id)
         options.json.write_text(
-            json.dumps([sample.as_json() for sample in everything], ensure_ascii=False, indent=1) + "\n"
+            json.dumps([sample.as_json() for sample in everything], ensure_ascii=False, indent=1) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -7,6 +7,7 @@ import json
 import random
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from PIL import Image
 from transformers import Qwen3VLProcessor
 
 from data import DATASET_PROVIDERS
+from data.bad_log import BadSampleLog, BadSamplePolicy
 from data.bad_sample import BadSample
+from data.batch import collate
 from data.dataset import ConversationDataset
+from data.pack import IndexedPacks
+from data.plan import PackPlan
+from data.reader import BatchReader, Ranks
 from data.receipts.processor import build_processor
 from data.sizes import measure
 from models.qwen35_vl.configuration import VARIANTS
+from models.qwen35_vl.inputs import Qwen35VLInputs
 
 PICTURE = Image.effect_noise((64, 64), 60).convert("RGB")
 ANSWER = {"role": "assistant", "content": "A."}
@@ -161,3 +168,55 @@ def test_two_hundred_damaged_files_lose_nothing_but_themselves(tmp_path: Path, p
             assert torch.equal(sample.pixel_values, expected.pixel_values)
     assert 100 < reasons.total() <= 200
     print(dict(reasons), "dropped:", dict(sizes.dropped))
+
+
+class Alone:
+    """A process group of one rank."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def test_resuming_in_mid_epoch_with_other_workers(tmp_path: Path, processor: Qwen3VLProcessor) -> None:
+    """The same packs, of which one image only shows at decoding that it is broken."""
+    image = saved(tmp_path, "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-900])
+    rows = [
+        {"prompt": f"<image>{'q ' * (number % 7)}", "completion": f"a {number}", "images": [image]}
+        for number in range(40)
+    ]
+    rows[9]["images"] = ["cut.png"]
+    dataset = dataset_of(tmp_path, rows, processor, seq_length=128)
+    sizes = measure(dataset)
+
+    def packs(workers: int, position: int, count: int) -> list[list[str]]:
+        source = IndexedPacks(dataset, PackPlan(sizes, seed=1, token_budget=128, packed=True), order="")
+        source.position = position
+        reader = BatchReader(
+            source,
+            partial(
+                collate,
+                model_inputs=Qwen35VLInputs(VARIANTS["tiny"]),
+                alignment=1,
+                packed=True,
+                seq_len=128,
+                dtype=torch.float32,
+                pad_token_id=0,
+            ),
+            Ranks(0, 1, Alone(), Alone()),
+            micro_batch_size=1,
+            global_batch_size=2,
+            workers=workers,
+            device=torch.device("cpu"),
+            log=BadSampleLog("chats", BadSamplePolicy(max_fraction=1), None),
+        )
+        return [next(reader).stats.samples for _ in range(count)]
+
+    expected = packs(0, 0, 24)  # over the end of an epoch
+    names = [name for pack in expected for name in pack]
+    assert len(names) > 30 and not any(name.endswith(":9") for name in names)
+    for workers, position in ((2, 6), (3, 16)):
+        assert packs(workers, position, 24 - position) == expected[position:]
