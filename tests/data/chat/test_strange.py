@@ -24,7 +24,7 @@ from data.dataset import ConversationDataset
 
 CALL = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": null}'}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-DEEP = b'{"prompt": "q", "completion": "a", "tools": ' + b"[" * 900 + b"]" * 900 + b"}"
+DEEP = b'{"prompt": "q", "completion": "a", "tools": [{"type": "function", "x": ' + b"[" * 990 + b"]" * 990 + b"}]}"
 
 
 def trained(dataset: ConversationDataset, index: int = 0) -> str:
