@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import (
     AutoProcessor,
+    AutoTokenizer,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     Qwen2VLImageProcessor,
@@ -21,6 +22,7 @@ from data.processor_files import TURN_END, ProcessorFacts, contradicts, no_token
 from data.receipts.processor import processor_for
 from data.template import image_token
 from weights.check import is_text_only
+from weights.folder import has_processor
 from weights.schema import description_problems
 
 # Both end an answer in Qwen3.5's generation_config.json: a turn's end, and a document's.
@@ -53,11 +55,14 @@ def read_processor(path: str, flag: str = "--hf-processor-path", *, text_only: b
         ValueError: it can't be read, or lacks an image processor, an image token, turn markers, a chat template or any
             token to pad with.
     """
-    if Path(path).expanduser().is_dir() and (problems := description_problems(Path(path).expanduser())):
+    folder = Path(path).expanduser()
+    if folder.is_dir() and (problems := description_problems(folder)):
         raise ValueError(f"{flag} {path}: {'; '.join(problems)}")
+    # AutoProcessor would look for the processor that a tokenizer was once saved with.
+    reader = AutoTokenizer if text_only and folder.is_dir() and not has_processor(folder) else AutoProcessor
     try:
         # Never True, never asked for: None would ask on standard input whether to run the folder's code.
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = reader.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path}: {error}") from error
     if text_only and isinstance(processor, PreTrainedTokenizerBase):

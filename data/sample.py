@@ -371,8 +371,8 @@ class _Encoder:
                 if not self._options.images:
                     raise BadSample(
                         Reason.UNSEEN,
-                        "it has an image, which a model of text alone can't see; leave it out, or train one with a vision "
-                        "encoder (without --language-model-only)",
+                        "it has an image, which a model of text alone can't see; leave it out, or train one with a "
+                        "vision encoder (without --language-model-only)",
                     )
                 try:
                     found.append(Picture(open_image(part["image"]), self._limits.for_part(part)))

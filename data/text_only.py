@@ -11,7 +11,7 @@ from data import DATASET_PROVIDERS
 # The user's own flags that speak of images or of the vision encoder.
 _OF_IMAGES = (
     *("vision_num_layers", "image_token_id", "recompute_vision", "redundant_vision", "lora_vision"),
-    *("max_patches_per_pack", "min_pixels", "max_pixels", "media_root", "image_size"),
+    *("max_patches_per_pack", "min_pixels", "max_pixels", "media_root"),
 )
 
 

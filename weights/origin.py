@@ -170,9 +170,8 @@ def write_hf_folder(
         _write_processor(folder, processor, origin.processor_folder)
     if processor is not None:
         _write_generation(folder / "generation_config.json", processor.generation)
-    for file in list(folder.iterdir()) if text_only else ():
-        if file.name in IMAGE_FILES:
-            file.unlink()
+    if text_only:
+        _leave_tokenizer(folder)
     if inputs is not None:
         inputs.write(folder)
     if with_record and origin.record:
@@ -207,6 +206,19 @@ def _write_processor(folder: Path, processor: RunProcessor | None, source: Path 
         for part in ("image_processor", "video_processor"):
             if part in processor.processor.get_attributes():
                 getattr(processor.processor, part).save_pretrained(folder)
+
+
+def _leave_tokenizer(folder: Path) -> None:
+    """Take a processor's files away but for the tokenizer's, and keep the template where tokenizers look for it."""
+    for name in IMAGE_FILES:
+        (folder / name).unlink(missing_ok=True)
+    old = folder / "chat_template.json"  # read by transformers 4's processors alone
+    if not old.is_file():
+        return
+    has_own = "chat_template" in read_object(folder / "tokenizer_config.json")
+    if not has_own and not (folder / "chat_template.jinja").exists():
+        write_text(folder / "chat_template.jinja", read_object(old)["chat_template"])
+    old.unlink()
 
 
 def _write_generation(path: Path, settings: Mapping[str, Any]) -> None:

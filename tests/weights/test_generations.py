@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from tests.hf_folders import assert_same, read_folder
-from tests.hf_generations import GENERATIONS, small_files, write_generation
+from tests.hf_generations import GENERATIONS, small_files, write_generation, write_small_files
 from tests.train_jobs import FP32, ROOT, run
 from weights.checkpoint import export_checkpoint, import_folder
 from weights.folder import TEXT_AND_IMAGE_FILES
@@ -33,6 +33,8 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "import, export": tuple(GENERATIONS),
     "import, `--load`, `--save`, export": tuple(GENERATIONS),
 }
+# The jobs' mock data has images.
+TEXT_ALONE = ("--image-seq-length", "0")
 
 
 class Trips:
@@ -47,15 +49,17 @@ class Trips:
         self.targets: list[tuple[str, Path]] = []
 
     def through_a_run(self, name: str, label: str, *flags: str, precision: str = "") -> None:
-        target = self.folder / f"{name}-{label}"
+        """--load-hf, a step, --save-hf and --save."""
+        target, saved = self.folder / f"{name}-{label}", self.folder / f"{name}-{label}-checkpoint"
         words = [precision] if precision else []
-        self.lines.append([*words, "--load-hf", str(self.folder / name), "--save-hf", str(target), *flags])
-        self.targets.append((name, target))
+        paths = ["--load-hf", str(self.folder / name), "--save-hf", str(target), "--save", str(saved)]
+        self.lines.append([*words, *paths, "--no-save-optim", *_data(name), *flags])
+        self.targets += [(name, target), (name, saved)]
 
     def through_a_checkpoint(self, name: str, start: Path, label: str, *flags: str) -> Path:
         saved = self.folder / f"{name}-{label}"
         load = ["--hf-config", str(self.folder / name), "--load", str(start), "--finetune"]
-        self.lines.append([*load, "--save", str(saved), "--no-save-optim", *flags])
+        self.lines.append([*load, "--save", str(saved), "--no-save-optim", *_data(name), *flags])
         self.targets.append((name, saved))
         return saved
 
@@ -71,21 +75,33 @@ class Trips:
             assert small_files(target) == small_files(self.folder / name), target
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Trips:
-    trips = Trips(tmp_path_factory.mktemp("generations"))
+def _data(name: str) -> tuple[str, ...]:
+    return TEXT_ALONE if GENERATIONS[name].architecture.language_model_only else ()
+
+
+@pytest.mark.heavy
+def test_generations_cross_one_rank_unchanged(tmp_path: Path) -> None:
+    trips = Trips(tmp_path)
     for name in GENERATIONS:
-        imported = trips.imported(name)
-        trips.targets.append((name, imported))
         trips.through_a_run(name, "bf16")
-        trips.through_a_run(name, "fp32", precision=FP32)
-        trips.through_a_checkpoint(name, imported, "saved")
     run(trips.folder, trips.lines)
-    return trips
+    trips.check()
 
 
-def test_generations_cross_one_rank_unchanged(one_rank: Trips) -> None:
-    one_rank.check()
+def test_generations_cross_checkpoints_unchanged(tmp_path: Path) -> None:
+    trips = Trips(tmp_path)
+    trips.targets += [(name, trips.imported(name)) for name in GENERATIONS]
+    trips.check()
+
+
+@pytest.mark.slow
+def test_generations_cross_one_rank_in_other_ways_unchanged(tmp_path: Path) -> None:
+    trips = Trips(tmp_path)
+    for name in GENERATIONS:
+        trips.through_a_run(name, "fp32", precision=FP32)
+        trips.through_a_checkpoint(name, trips.imported(name), "saved")
+    run(trips.folder, trips.lines)
+    trips.check()
 
 
 @pytest.mark.slow
@@ -121,8 +137,10 @@ def test_the_table_in_the_documentation() -> None:
     assert table() in (ROOT / "docs/weights.md").read_text(), table()
 
 
-def test_files_of_a_processor_are_known(one_rank: Trips) -> None:
+def test_files_of_a_processor_are_known(tmp_path: Path) -> None:
     """A new kind of file would be copied beside another processor's."""
     settings = {"README.md", "config.json", "generation_config.json"}
-    for name in GENERATIONS:
-        assert small_files(one_rank.folder / name).keys() - settings <= set(TEXT_AND_IMAGE_FILES)
+    for name, generation in GENERATIONS.items():
+        (tmp_path / name).mkdir()
+        write_small_files(tmp_path / name, generation)
+        assert small_files(tmp_path / name).keys() - settings <= set(TEXT_AND_IMAGE_FILES)
