@@ -49,12 +49,12 @@ class Trips:
         self.targets: list[tuple[str, Path]] = []
 
     def through_a_run(self, name: str, label: str, *flags: str, precision: str = "") -> None:
-        """--load-hf, a step, --save-hf and --save."""
-        target, saved = self.folder / f"{name}-{label}", self.folder / f"{name}-{label}-checkpoint"
+        """--load-hf, a step, --save-hf."""
+        target = self.folder / f"{name}-{label}"
         words = [precision] if precision else []
-        paths = ["--load-hf", str(self.folder / name), "--save-hf", str(target), "--save", str(saved)]
-        self.lines.append([*words, *paths, "--no-save-optim", *_data(name), *flags])
-        self.targets += [(name, target), (name, saved)]
+        paths = ["--load-hf", str(self.folder / name), "--save-hf", str(target)]
+        self.lines.append([*words, *paths, *_data(name), *flags])
+        self.targets.append((name, target))
 
     def through_a_checkpoint(self, name: str, start: Path, label: str, *flags: str) -> Path:
         saved = self.folder / f"{name}-{label}"
