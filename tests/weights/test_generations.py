@@ -1,6 +1,7 @@
 """Every released generation, in small, through every path: tensors, dtypes and small files come back bit for bit.
 
-docs/weights.md has the table of generations and paths that `test_the_table_in_the_documentation` makes.
+docs/weights.md has the table of generations and paths that `test_the_table_in_the_documentation` makes; the slow tests
+here take most of them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "the same, fp32": tuple(GENERATIONS),
     "import, export": tuple(GENERATIONS),
     "import, `--load`, `--save`, export": tuple(GENERATIONS),
+    "both with TP2, then PP2 (MoE: EP2, then DP2)": tuple(GENERATIONS),
+    "both with FSDP on 2 ranks": tuple(GENERATIONS),
 }
 # The jobs' mock data has images.
 TEXT_ALONE = ("--image-seq-length", "0")
