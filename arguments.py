@@ -307,7 +307,7 @@ def _implied_by_hf_folder(given: Mapping[str, Any], with_weights: bool) -> dict[
         return {}
     try:
         folder = local_folder(given["load_hf"]) if with_weights else local_folder(given["load_hf"], DESCRIPTION)
-        text_only = given.get("language_model_only") or is_text_only(read_config(folder))
+        text_only = is_text_only(read_config(folder)) or given.get("language_model_only", False)
     except FolderError as error:
         raise Refused([f"--load-hf {error}"]) from error
     implied = {"load_hf": str(folder)}

@@ -365,9 +365,7 @@ def _flattened(config: Qwen35VLConfig) -> dict[str, Any]:
 
 
 def _refuse(problems: list[str], is_text: bool) -> None:
-    """Args:
-    is_text: the keys of text_config stand at the top.
-    """
+    """Raise for all problems at once; `is_text`: the keys of text_config stand at the top."""
     if problems:
         said = "; ".join(problems)
         raise ValueError(f"config.json: {said.replace('text_config.', '') if is_text else said}")
