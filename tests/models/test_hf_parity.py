@@ -166,7 +166,10 @@ def test_logits_loss_and_gradients_equal_hf_in_float64(name: str, tmp_path: Path
                 assert relative_error(actual.gradients[tensor], gradient) < 1e-7, tensor
 
 
-@pytest.mark.parametrize("name", ["dense_tied", "moe_untied", "dense_text", "moe_text"])
+@pytest.mark.parametrize(
+    "name",
+    ["dense_tied", "moe_untied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dense_text", "moe_text"))],
+)
 def test_transformers_gets_the_same_logits_from_a_trained_and_saved_model(name: str, tmp_path: Path):
     """Three steps of Adam, then --save-hf's folder in float64 through from_pretrained. Measured: 5.5e-16."""
     import arguments
