@@ -32,6 +32,7 @@ from runtime.model_builder import unwrapped
 from weights.check import HfSource, described, ignored_tensors, tensor_infos
 from weights.folder import (
     ITEM_SIZES,
+    HfFolder,
     has_weights,
     new_folder,
     open_tensors,
