@@ -26,6 +26,7 @@ from data.flags import DEFAULT_PROVIDER
 from data.flags import add_flags as add_data_flags
 from data.preflight import refusals as data_refusals
 from data.processor_files import processor_refusals
+from data.text_only import refusals as text_only_refusals
 from models import MODEL_REGISTRY, ModelConfig, ModelSpec
 from models.expert_flags import takes_grouped_gemm
 from models.flags import DEFAULT_ARCH
@@ -38,7 +39,7 @@ from runtime.machine import Machine, detect
 from runtime.megatron_flags import add_megatron_flags
 from runtime.preflight import cp_comm_types, refusals, unknown_flags, unknown_name, unusable_sizes
 from weights.adapter_check import implied_by_adapter, tuning_refusals
-from weights.check import DESCRIPTION, HfSource, described, is_hub_name, local_folder
+from weights.check import DESCRIPTION, HfSource, described, is_hub_name, is_text_only, local_folder
 from weights.flags import add_flags as add_weights_flags
 from weights.folder import FolderError, has_processor, read_config, tensor_names
 from weights.refusals import checkpoint_refusals, flag_refusals, open_source
@@ -181,6 +182,8 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
     if given.get("num_experts") == 0:
         architecture = without_experts(architecture)
     resolved = [*chosen, *_as_words(implied)]
+    if is_text_only(base.to_hf()) and not given.get("language_model_only"):
+        resolved.append("--language-model-only")
     args = _laid_over(_read(ALWAYS), _read(architecture), given, _read(resolved))
     if problems := unusable_sizes(args):
         raise Refused(problems)
@@ -196,6 +199,8 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
     if args.load:
         start = checkpoints.choose(Path(args.load), args.ckpt_step, args.ckpt_format)
         words += [] if start.step is None else ["--ckpt-step", str(start.step)]
+    if args.language_model_only and not is_text_only(config.to_hf()):
+        raise Refused([f"--language-model-only: {args.model_arch} isn't built without its vision encoder"])
     problems = [
         *refused_flags(argv),
         *value_refusals(args, given),
@@ -203,13 +208,21 @@ def preflight(argv: list[str], machine: Machine, world_size: int, *, with_weight
         *spec.check_layout(args, config),
         *processor_refusals(args, config.to_hf() if needs_processor else None),
         *data_refusals(args),
+        *text_only_refusals(args, given),
         *flag_refusals(args, spec),
         *checkpoint_refusals(args, spec, config, start),
         *tuning_refusals(args, given, spec, config, start),
     ]
     source = None
     if args.load_hf is not None and spec.hf_weights is not None:
-        source, found = open_source(Path(args.load_hf), spec, spec.hf_weights, config, weights_are_here)
+        source, found = open_source(
+            Path(args.load_hf),
+            spec,
+            spec.hf_weights,
+            config,
+            language_model_only=args.language_model_only,
+            weights_are_here=weights_are_here,
+        )
         problems += found
     if problems:
         raise Refused(problems)
@@ -294,13 +307,13 @@ def _implied_by_hf_folder(given: Mapping[str, Any], with_weights: bool) -> dict[
         return {}
     try:
         folder = local_folder(given["load_hf"]) if with_weights else local_folder(given["load_hf"], DESCRIPTION)
-        read_config(folder)
+        text_only = is_text_only(read_config(folder)) or given.get("language_model_only", False)
     except FolderError as error:
         raise Refused([f"--load-hf {error}"]) from error
     implied = {"load_hf": str(folder)}
     if "hf_config" not in given and "model_variant" not in given:
         implied["hf_config"] = str(folder)
-    if "hf_processor_path" not in given and has_processor(folder):
+    if "hf_processor_path" not in given and has_processor(folder, text_only=text_only):
         implied["hf_processor_path"] = str(folder)
     return implied
 

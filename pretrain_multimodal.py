@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         output_folder.begin(args)
     processor = find_provider(args.dataset_provider).processor(args, config.to_hf())
     run_processor = None if processor is None else RunProcessor(processor, generation_settings(processor))
-    origin = HfOrigin.of(args, None if source is None else source.folder)
+    origin = HfOrigin.of(args, source)
     inputs = RunInputs.of(args)
     if args.rank == 0 and args.save:
         write_arguments(args, prepared, Path(args.save) / "arguments.json")

@@ -55,6 +55,7 @@ class DatasetProvider:
 
     name: what `--dataset-provider` calls it.
     needs_processor: its samples are made of text and images with a HuggingFace processor.
+    always_images: every sample of it has an image, so that a model of text alone can't train on it.
     build: makes one split, an empty one where the data has none. Called in every process at the same time: what it
         writes to disk is for `data.cache.locked` to guard.
     field_name: the field that evaluation counts an answer's value for, by its keys ("total", "menu.nm"): where the
@@ -64,6 +65,7 @@ class DatasetProvider:
     name: str
     needs_processor: bool
     build: BuildDataset
+    always_images: bool = False
     field_name: Callable[[str], str] = str
 
     def processor(self, args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin | None:
@@ -90,7 +92,14 @@ def _ragged(
 ) -> SampleDataset:
     from data.ragged import RaggedDataset
 
-    return RaggedDataset(split, model_inputs, seed=args.seed, longest=args.seq_length, dtype=args.params_dtype)
+    return RaggedDataset(
+        split,
+        model_inputs,
+        seed=args.seed,
+        longest=args.seq_length,
+        dtype=args.params_dtype,
+        images=not args.language_model_only,
+    )
 
 
 def _receipts(
@@ -164,8 +173,10 @@ DATASET_PROVIDERS: dict[str, DatasetProvider] = {
     for provider in (
         DatasetProvider("mock", needs_processor=False, build=_mock),
         DatasetProvider("ragged", needs_processor=False, build=_ragged),
-        DatasetProvider("receipts", needs_processor=True, build=_receipts, field_name=_receipts_field),
-        DatasetProvider("cord_v2", needs_processor=True, build=_cord_v2),
+        DatasetProvider(
+            "receipts", needs_processor=True, build=_receipts, always_images=True, field_name=_receipts_field
+        ),
+        DatasetProvider("cord_v2", needs_processor=True, build=_cord_v2, always_images=True),
         DatasetProvider("chat", needs_processor=True, build=_chat),
     )
 }

@@ -21,6 +21,7 @@ class Reason(StrEnum):
     MISSING = "missing file"
     IMAGE = "unreadable image"
     ABSURD = "absurd image"
+    UNSEEN = "images for a model of text alone"
     COUNT = "images that don't match their places"
     TEMPLATE = "refused by the chat template"
     CHANGED = "changed since it was measured"

@@ -109,6 +109,7 @@ def _limits(processor: ProcessorMixin, options: SampleOptions) -> list[int | boo
     return [
         *(options.seq_len, limits.min_pixels, limits.max_pixels, options.strict_special_mask),
         *(options.train_on, options.template_arguments),
+        *(() if options.images else ("no images",)),
     ]
 
 

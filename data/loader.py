@@ -74,7 +74,7 @@ def _build_readers(
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = _ranks(device)
-    with_vision = mpu.is_pipeline_first_stage(ignore_virtual=True)
+    with_vision = mpu.is_pipeline_first_stage(ignore_virtual=True) and not args.language_model_only
     pad_token_id = processor.tokenizer.pad_token_id if processor else 0
     collate_packs = partial(
         collate,
@@ -89,7 +89,7 @@ def _build_readers(
         dtype=args.params_dtype,
         pad_token_id=pad_token_id,
         context_ranks=args.context_parallel_size,
-        vision_ranks=1 if args.redundant_vision else args.context_parallel_size,
+        vision_ranks=1 if args.redundant_vision or args.language_model_only else args.context_parallel_size,
         with_vision=with_vision,
     )
 
@@ -99,7 +99,7 @@ def _build_readers(
         shapes = StaticShapes(
             tokens=args.seq_length * args.micro_batch_size,
             documents=most,
-            patches=args.max_patches_per_pack * args.micro_batch_size,
+            patches=(args.max_patches_per_pack or 0) * args.micro_batch_size,
             frames=most,
         )
         collate_packs = partial(_static, collate_packs, shapes, model_inputs, pad_token_id)

@@ -100,12 +100,13 @@ class MockDataset:
 
 
 def build(args: Namespace, split: Split, model_inputs: ModelInputs) -> MockDataset:
-    """One sample fills `--seq-length`; its image is `--image-size` square, none with `--image-seq-length 0`.
+    """One sample fills `--seq-length`; its image is `--image-size` square, none with `--image-seq-length 0` or
+    `--language-model-only`.
 
     Raises:
         ValueError: see `MockDataset`; or the image has more tokens than `--image-seq-length` allows.
     """
-    image_size = args.image_size if args.image_seq_length else 0
+    image_size = args.image_size if args.image_seq_length and not args.language_model_only else 0
     tokens = (image_size // (model_inputs.patch_size * model_inputs.merge_size)) ** 2
     if tokens > args.image_seq_length:
         raise ValueError(

@@ -7,12 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Qwen2VLImageProcessor,
+    Qwen3VLProcessor,
+)
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from data.bounded import template_problem
 from data.processor_files import TURN_END, ProcessorFacts, contradicts, no_token
 from data.receipts.processor import processor_for
 from data.template import image_token
+from weights.check import is_text_only
+from weights.folder import has_processor
 from weights.schema import description_problems
 
 # Both end an answer in Qwen3.5's generation_config.json: a turn's end, and a document's.
@@ -29,28 +39,34 @@ def load_processor(args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin
         ValueError: the processor can't serve the model; the message names the flag and the fix.
     """
     path = args.hf_processor_path
-    processor = processor_for(config) if path is None else read_processor(path)
+    processor = processor_for(config) if path is None else read_processor(path, text_only=is_text_only(config))
     check_processor(processor, config, path)
     return processor
 
 
-def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMixin:
+def read_processor(path: str, flag: str = "--hf-processor-path", *, text_only: bool = False) -> ProcessorMixin:
     """A HF processor from a folder or the hub, fit for training: with a padding token and the tokens we rely on.
 
     Args:
         flag: what gave the path, for messages.
+        text_only: a tokenizer by itself will do.
 
     Raises:
         ValueError: it can't be read, or lacks an image processor, an image token, turn markers, a chat template or any
             token to pad with.
     """
-    if Path(path).expanduser().is_dir() and (problems := description_problems(Path(path).expanduser())):
+    folder = Path(path).expanduser()
+    if folder.is_dir() and (problems := description_problems(folder)):
         raise ValueError(f"{flag} {path}: {'; '.join(problems)}")
+    # AutoProcessor would look for the processor that a tokenizer was once saved with.
+    reader = AutoTokenizer if text_only and folder.is_dir() and not has_processor(folder) else AutoProcessor
     try:
         # Never True, never asked for: None would ask on standard input whether to run the folder's code.
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = reader.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path}: {error}") from error
+    if text_only and isinstance(processor, PreTrainedTokenizerBase):
+        processor = _with_images(processor)
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
         raise ValueError(f"{flag} {path}: it has no image processor; give a vision-language model's")
     _use_areas(processor.image_processor, f"{flag} {path}")
@@ -70,6 +86,16 @@ def read_processor(path: str, flag: str = "--hf-processor-path") -> ProcessorMix
             )
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def _with_images(tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
+    """A tokenizer as a processor, whose image processor nobody asks: text-only models refuse samples with images."""
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def stop_ids(processor: ProcessorMixin) -> list[int]:

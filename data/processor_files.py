@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.json_files import read_object
-from weights.check import DESCRIPTION, is_hub_name
+from weights.check import DESCRIPTION, is_hub_name, is_text_only
 from weights.folder import PROCESSOR_FILES, has_processor
 from weights.schema import description_problems
 
@@ -52,6 +52,8 @@ class ProcessorFacts:
         highest = max(self.ids.values())
         if highest >= vocab_size(config):
             return f"ids up to {highest} for a vocabulary of {vocab_size(config)} rows"
+        if is_text_only(config):
+            return None
         for theirs, ours in _SIZES.items():
             if theirs in self.sizes and self.sizes[theirs] != config["vision_config"][ours]:
                 return f"its {theirs} is {self.sizes[theirs]}, the model's {ours} is {config['vision_config'][ours]}"
@@ -60,7 +62,7 @@ class ProcessorFacts:
 
 def vocab_size(config: Mapping[str, Any]) -> int:
     """Rows of the embedding that a `config.json` describes."""
-    return config["text_config"]["vocab_size"]
+    return (config if is_text_only(config) else config["text_config"])["vocab_size"]
 
 
 def no_token(token: str) -> str:
@@ -101,7 +103,7 @@ def processor_refusals(args: Namespace, config: Mapping[str, Any] | None) -> lis
                 return [f"--hf-processor-path {path}: not in the hub's cache, and HF_HUB_OFFLINE=1 forbids fetching it"]
             return []
         folder = cached
-    if not has_processor(folder):
+    if not has_processor(folder, text_only=args.language_model_only):
         names = " nor ".join(PROCESSOR_FILES)
         return [f"--hf-processor-path {path}: the folder has neither {names}; name a HF processor's folder"]
     # Those of `--load-hf` are said with its weights.

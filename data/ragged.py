@@ -33,17 +33,28 @@ class RaggedDataset:
         seed: of all numbers.
         longest: tokens of a document at most; half of that where images don't make it longer.
         dtype: of the pixels.
+        images: False for text alone.
     """
 
     cache_dir: Path | None = None
 
-    def __init__(self, split: Split, model_inputs: ModelInputs, *, seed: int, longest: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        split: Split,
+        model_inputs: ModelInputs,
+        *,
+        seed: int,
+        longest: int,
+        dtype: torch.dtype,
+        images: bool = True,
+    ) -> None:
         self.name = f"ragged/{split}"
         self.fingerprint = f"longest {longest}, seed {seed}"
         self._inputs = model_inputs
         self._seed = (seed, zlib.crc32(self.name.encode()))
         self._longest = longest
         self._dtype = dtype
+        self._image_counts = IMAGE_COUNTS if images else (0,)
 
     def __len__(self) -> int:
         return SAMPLES
@@ -58,7 +69,7 @@ class RaggedDataset:
         length = int(numbers.integers(1, self._longest // 2 + 1))
         ids: list[int] = []
         grids: list[tuple[int, int, int]] = []
-        for shape in numbers.choice(IMAGES, numbers.choice(IMAGE_COUNTS)).tolist():
+        for shape in numbers.choice(IMAGES, numbers.choice(self._image_counts)).tolist():
             height, width = (side * merge // 2 for side in shape)
             part = [*self._text(numbers, int(numbers.integers(1, 4))), *[image_id] * (height * width // merge**2)]
             if len(ids) + len(part) < self._longest:

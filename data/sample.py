@@ -75,6 +75,7 @@ class SampleOptions:
     train_on: "all" answers; the "last" one; or "exact": answers that stand where inference would write them together,
         each other one in a sample of its own.
     template_arguments: a JSON object for the chat template.
+    images: False, for a model of text alone, makes a sample with an image a broken one.
     """
 
     seq_len: int
@@ -85,6 +86,7 @@ class SampleOptions:
     pixels: bool = True
     train_on: str = "all"
     template_arguments: str = "{}"
+    images: bool = True
 
     @classmethod
     def of(cls, args: Namespace) -> SampleOptions:
@@ -97,6 +99,7 @@ class SampleOptions:
             strict_special_mask=args.strict_special_mask,
             train_on=args.train_on,
             template_arguments=args.chat_template_kwargs,
+            images=not args.language_model_only,
         )
 
 
@@ -151,8 +154,8 @@ def build_sample(
         The sample, or None when it is dropped, and what became of the conversation.
 
     Raises:
-        BadSample: a malformed message, an image that can't be read or with a side more than 200 times the other, or a
-            template that doesn't place the images; the message names the sample.
+        BadSample: a malformed message, an image that can't be read or with a side more than 200 times the other, an
+            image for a model of text alone, or a template that doesn't place the images; the message names the sample.
     """
     encoded = encode_all(conversation, processor, options)[part]
     if encoded.outcome not in KEPT:
@@ -369,6 +372,12 @@ class _Encoder:
         found: list[Picture] = []
         for part in parts:
             if part["type"] == "image":
+                if not self._options.images:
+                    raise BadSample(
+                        Reason.UNSEEN,
+                        "it has an image, which a model of text alone can't see; leave it out, or train one with a "
+                        "vision encoder (without --language-model-only)",
+                    )
                 try:
                     found.append(Picture(open_image(part["image"]), self._limits.for_part(part)))
                 except BadSample as error:

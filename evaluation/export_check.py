@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from data.processor import facts_of, read_processor, stop_ids
-from evaluation.model import HfModel, without_gpu_kernels
+from evaluation.model import HfModel, auto_class, without_gpu_kernels
 from models.json_files import JsonError, read_object
 from models.spec import HfWeights
-from weights.check import check_folder, model_of
+from weights.check import check_folder, is_text_only, model_of
 from weights.folder import FolderError, HfFolder
 
 _STEPS = 3  # tokens of the answer that the check makes end
@@ -92,7 +92,7 @@ def _against_transformers(folder: HfFolder) -> Iterator[str]:
             config = transformers.AutoConfig.from_pretrained(
                 folder.path, local_files_only=True, trust_remote_code=False
             )
-            model: Any = transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+            model: Any = auto_class(folder.config).from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield f"config.json: transformers can't build its model: {error}"
         return
@@ -114,10 +114,11 @@ def _against_transformers(folder: HfFolder) -> Iterator[str]:
 
 def _description(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """config.json's dtype, the processor, the template, and where an answer ends."""
-    if not any(section.get(key) for section in (config, config["text_config"]) for key in ("dtype", "torch_dtype")):
+    sections = (config, config.get("text_config") or {})
+    if not any(section.get(key) for section in sections for key in ("dtype", "torch_dtype")):
         yield "config.json: it has no dtype; servers guess the precision to run in"
     try:
-        processor = read_processor(str(folder), "the folder")
+        processor = read_processor(str(folder), "the folder", text_only=is_text_only(config))
     except (ValueError, OSError) as error:
         yield f"tokenizer and processor: {error}"
         return

@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from runtime.checkpoints import TRACKER
 from weights.adapter import AdapterFolder
 from weights.adapter_export import export
 from weights.base import BaseRecord
-from weights.check import check_folder, model_of
+from weights.check import check_folder, is_text_only, model_of
 from weights.folder import FolderError, HfFolder, read_config, read_template_arguments
 
 if TYPE_CHECKING:
@@ -98,14 +98,15 @@ class Answer:
 class HfModel:
     """A model, its processor, and what it computes from token ids and grids.
 
-    `model` is a ForConditionalGeneration of the family that config.json names, in evaluation mode;
-    `template_arguments` a JSON object, `--chat-template-kwargs` of the training.
+    `model` is a ForConditionalGeneration, or for text alone a ForCausalLM, of the family that config.json names, in
+    evaluation mode; `template_arguments` a JSON object, `--chat-template-kwargs` of the training.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
     inputs: ModelInputs
     template_arguments: str = "{}"
+    text_only: bool = False
 
     @classmethod
     def load(cls, folder: Path, adapter: Path | None = None) -> HfModel:
@@ -133,12 +134,13 @@ class HfModel:
                 raise FolderError(folder, damage)
         except FolderError as error:
             raise ValueError(f"--load {error}") from error
-        processor = read_processor(str(folder), "--load")
+        text_only = is_text_only(config)
+        processor = read_processor(str(folder), "--load", text_only=text_only)
         if problem := facts_of(processor).contradiction(config):
             raise ValueError(f"--load {folder}: the processor isn't this model's: {problem}")
         try:
             with contextlib.nullcontext() if has_gpu else without_gpu_kernels():
-                loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+                loaded: Any = auto_class(config).from_pretrained(
                     folder,
                     dtype="auto" if has_gpu else torch.float32,
                     use_safetensors=True,
@@ -155,7 +157,7 @@ class HfModel:
         if adapter is not None:
             model = _with_adapter(model, adapter, spec.table, architecture)
         model = model.to("cuda" if has_gpu else "cpu").eval()
-        return cls(model, processor, spec.model_inputs(architecture), read_template_arguments(folder))
+        return cls(model, processor, spec.model_inputs(architecture), read_template_arguments(folder), text_only)
 
     def question(
         self,
@@ -174,7 +176,7 @@ class HfModel:
 
         Raises:
             ValueError: an image that can't be read, is too long and thin, or takes more tokens than the model has
-                positions.
+                positions; any image for a model of text alone.
         """
         content: list[dict[str, Any]] = [{"type": "image", "image": path} for path in images]
         content.append({"type": "text", "text": text})
@@ -182,7 +184,13 @@ class HfModel:
         positions = self.model.config.get_text_config().max_position_embeddings
         # Answers without reasoning are trained after the prompt without thinking, so that one is the default.
         arguments = json.dumps({"enable_thinking": False} | json.loads(self.template_arguments))
-        options = SampleOptions(positions - max_new_tokens, min_pixels, max_pixels, template_arguments=arguments)
+        options = SampleOptions(
+            positions - max_new_tokens,
+            min_pixels,
+            max_pixels,
+            template_arguments=arguments,
+            images=not self.text_only,
+        )
         sample = build_prompt(Conversation(turns, id="question"), self.processor, options)
         if sample is None:
             raise ValueError(
@@ -258,6 +266,13 @@ class HfModel:
             name: tensor.to(self.model.device, dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
         }
+
+
+def auto_class(config: Mapping[str, Any]) -> Any:
+    """transformers' automatic class for a folder's `config.json`: of images and text, or of text alone."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM if is_text_only(config) else transformers.AutoModelForImageTextToText
 
 
 def _with_adapter(

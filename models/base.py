@@ -73,7 +73,7 @@ class MultimodalModel(MegatronModule):
     Args:
         config: the decoder's configuration; Megatron's schedules read it from here.
         language_model: this stage's part of the decoder, built with `scatter_embedding_sequence_parallel=False`.
-        vision_model: the encoder on the first stage, None elsewhere.
+        vision_model: the encoder on the first stage, None elsewhere, and everywhere in a model of text alone.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class MultimodalModel(MegatronModule):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
-        if (vision_model is not None) != language_model.pre_process:
+        if vision_model is not None and not language_model.pre_process:
             raise ValueError("the vision encoder belongs on the first pipeline stage, and only there")
         self.vision_model = vision_model
         self.language_model = language_model
@@ -153,7 +153,7 @@ class MultimodalModel(MegatronModule):
             input_ids: [B, S] int64.
             position_ids: [3, B, S] int64 for MRoPE, or what the decoder's position embedding takes.
             vision_index: [B, S] int64; see `merge_features`.
-            vision: keyword arguments of the vision encoder; read on the first stage only.
+            vision: keyword arguments of the vision encoder; read on the first stage only, None without an encoder.
             feature_rows: R, when the context-parallel ranks share the images; None when `vision` has all of them.
             labels: [B, S] int64, already shifted; None asks for logits.
             loss_mask: [B, S] float32, 1 where the label is trained; MTP's loss needs it here.
@@ -196,13 +196,16 @@ class MultimodalModel(MegatronModule):
         vision: dict[str, Tensor | int] | None,
         feature_rows: int | None,
     ) -> Tensor:
-        if self.vision_model is None or vision is None:
-            raise ValueError("the first pipeline stage needs the vision encoder and the batch's inputs for it")
-        features = self.vision_model(**vision)
-        if feature_rows is not None:
-            features = gather_features(features, feature_rows, self.pg_collection.cp)
-        text = self.language_model.embedding(input_ids=input_ids, position_ids=position_ids)
-        merged = merge_features(text, features, vision_index)
+        if (self.vision_model is None) != (vision is None):
+            raise ValueError(
+                "a batch's images are for the first pipeline stage's vision encoder: one is there without the other"
+            )
+        merged = self.language_model.embedding(input_ids=input_ids, position_ids=position_ids)
+        if self.vision_model is not None and vision is not None:
+            features = self.vision_model(**vision)
+            if feature_rows is not None:
+                features = gather_features(features, feature_rows, self.pg_collection.cp)
+            merged = merge_features(merged, features, vision_index)
         if self.config.sequence_parallel:
             merged = scatter_to_sequence_parallel_region(merged, group=self.pg_collection.tp)
         if self.config.recompute_granularity is not None and not merged.requires_grad and self._decoder_trains():

@@ -26,6 +26,12 @@ def _add_architecture_flags(group: _ArgumentGroup) -> None:
         metavar="DIR",
         help="Take the numbers from DIR/config.json instead of a variant's",
     )
+    group.add_argument(
+        "--language-model-only",
+        action="store_true",
+        help="Build no vision encoder and train on text alone; --load-hf's stays unread, and exports are of "
+        "HuggingFace's text class. Implied by a text-only folder",
+    )
     group.add_argument("--vision-num-layers", type=int, default=None, help="Layers of the ViT; default: the variant's")
     group.add_argument(
         "--image-token-id",

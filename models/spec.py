@@ -139,7 +139,10 @@ class HfWeights[C: ModelConfig]:
     model_types: values of `config.json`'s `model_type` that this is the table of.
     differences: the model of the flags and a folder's -> where they disagree, each with both values.
     as_stored: a config and a folder's tensor names -> the config that these bear out, and notices why it differs.
+    language_model: a config -> the same model without its vision encoder.
     mapping: a config and the names of a folder's tensors (none: as the released folders store them) -> the table.
+    as_exported: a config and the dtypes of a folder's tensors -> the same by the names of an export of what was trained
+        from it.
     parameters: a config and a model stage of this rank -> its parameters by canonical name.
     checkpoint_slices: a config and its table -> where a `torch_dist` checkpoint keeps each canonical parameter.
     fsdp_checkpoint_slices: the same for an `fsdp_dtensor` checkpoint: each parameter's alternatives, by who wrote it.
@@ -152,7 +155,9 @@ class HfWeights[C: ModelConfig]:
     model_types: tuple[str, ...]
     differences: Callable[[C, C], list[str]]
     as_stored: Callable[[C, Iterable[str]], tuple[C, list[str]]]
+    language_model: Callable[[C], C]
     mapping: Callable[[C, Iterable[str]], WeightMap]
+    as_exported: Callable[[C, Mapping[str, str]], dict[str, str]]
     parameters: Callable[[C, nn.Module], Iterator[tuple[str, nn.Parameter]]]
     checkpoint_slices: Callable[[C, WeightMap], Mapping[str, tuple[CheckpointSlice, ...]]]
     fsdp_checkpoint_slices: Callable[[C, WeightMap], Mapping[str, list[tuple[CheckpointSlice, ...]]]]

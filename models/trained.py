@@ -61,8 +61,13 @@ def selected(mapping: WeightMap, groups: Mapping[str, str], word: str) -> frozen
             )
         found.add(name)
     if not found:
-        raise ValueError(f"{word}: matches no tensor of the model; there are the groups {', '.join(groups)}")
+        there = ", ".join(name for name, regex in groups.items() if _finds(mapping, regex))
+        raise ValueError(f"{word}: matches no tensor of the model; there are the groups {there}")
     return frozenset(found)
+
+
+def _finds(mapping: WeightMap, regex: str) -> bool:
+    return any(re.search(regex, tensor) for tensor in mapping.tensors)
 
 
 def frozen_names(mapping: WeightMap, groups: Mapping[str, str], words: Iterable[str]) -> frozenset[str]:

@@ -211,7 +211,7 @@ def _cuda_graphs(args: Namespace, given: Iterable[str], machine: Machine) -> lis
         problems.append("--cuda-graphs: needs a GPU and --transformer-impl transformer_engine")
     if not args.use_packed_sequence:
         problems.append("--cuda-graphs: rows are documents packed to one length; add --use-packed-sequence")
-    if args.max_patches_per_pack is None:
+    if args.max_patches_per_pack is None and not args.language_model_only:
         problems.append("--cuda-graphs: images are padded to a number of patches; give it with --max-patches-per-pack")
     if args.num_experts and not counts_stay_on_the_device(args):
         problems.append(

@@ -111,8 +111,14 @@ def open_dataset(args: Namespace, split: Split, model: HfModel) -> ConversationD
     if not provider.needs_processor:
         known = ", ".join(name for name, found in DATASET_PROVIDERS.items() if found.needs_processor)
         raise ValueError(f"--dataset-provider {args.dataset_provider}: has no answers to match; expected {known}")
+    if model.text_only and provider.always_images:
+        raise ValueError(
+            f"--dataset-provider {args.dataset_provider}: all of its samples have images, which --load's "
+            "model of text alone can't see"
+        )
     options = Namespace(**vars(args), params_dtype=model.model.dtype, num_workers=0)
     options.chat_template_kwargs = args.chat_template_kwargs or model.template_arguments
+    options.language_model_only = model.text_only
     options.split = args.cut_rows  # which is what training calls --split
     dataset = provider.build(options, split, model.processor, model.inputs)
     if not isinstance(dataset, ConversationDataset):

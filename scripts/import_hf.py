@@ -25,6 +25,9 @@ def main() -> None:
     parser.add_argument(
         "--allow-nonfinite-weights", action="store_true", help="Accept NaN and infinity in the folder's weights"
     )
+    parser.add_argument(
+        "--language-model-only", action="store_true", help="Leave out the vision encoder: a model of text alone"
+    )
     args = parser.parse_args()
 
     from weights.check import local_folder
@@ -38,6 +41,7 @@ def main() -> None:
             local_folder(args.hf),
             args.output,
             ckpt_format=args.ckpt_format,
+            language_model_only=args.language_model_only,
             allow_nonfinite=args.allow_nonfinite_weights,
         )
     except ValueError as error:

@@ -58,13 +58,14 @@ step=$((MBS * (data_ranks > 0 ? data_ranks : 1)))
 GBS=${GBS:-$(((least_gbs + step - 1) / step * step))} # a whole number of micro-batches on every data rank
 USE_PACKED_SEQUENCE=${USE_PACKED_SEQUENCE:-1}
 USE_FSDP=${USE_FSDP:-$((gpus > 0 && world > 1 && PP == 1))}
+LANGUAGE_MODEL_ONLY=${LANGUAGE_MODEL_ONLY:-0}
 RECOMPUTE=${RECOMPUTE:-0} RECOMPUTE_VISION=${RECOMPUTE_VISION:-0} FORCE_LOAD_BALANCING=${FORCE_LOAD_BALANCING:-0}
 CKPT_LOAD=${CKPT_LOAD:-} CKPT_FORMAT=${CKPT_FORMAT:-} CKPT_RESUME=${CKPT_RESUME:-0}
 CKPT_OVERRIDE_SCHEDULER=${CKPT_OVERRIDE_SCHEDULER:-0} SAVE_INTERVAL=${SAVE_INTERVAL:-500} PROFILE=${PROFILE:-0}
 PROFILE_STEP_START=${PROFILE_STEP_START:-4} PROFILE_STEP_END=${PROFILE_STEP_END:-5}
 counts GBS SAVE_INTERVAL
 indices PROFILE_STEP_START PROFILE_STEP_END
-switches USE_PACKED_SEQUENCE USE_FSDP RECOMPUTE RECOMPUTE_VISION FORCE_LOAD_BALANCING PROFILE
+switches LANGUAGE_MODEL_ONLY USE_PACKED_SEQUENCE USE_FSDP RECOMPUTE RECOMPUTE_VISION FORCE_LOAD_BALANCING PROFILE
 switches CKPT_RESUME CKPT_OVERRIDE_SCHEDULER
 for variable in NUM_LAYERS NUM_EXPERTS VISION_NUM_LAYERS KEEP_LAST; do [ -z "${!variable:-}" ] || indices "$variable"; done
 
@@ -106,6 +107,7 @@ processor=${HF_PROCESSOR_PATH:-${TOKENIZER_MODEL:-}} # a processor's folder has 
 [ -z "$processor" ] || flags+=(--hf-processor-path "$processor")
 ((FORCE_LOAD_BALANCING)) && flags+=(--moe-router-force-load-balancing)
 ((RECOMPUTE)) && flags+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)
+((LANGUAGE_MODEL_ONLY)) && flags+=(--language-model-only)
 ((RECOMPUTE_VISION)) && flags+=(--recompute-vision)
 ((USE_FSDP)) && flags+=(--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params
     --ckpt-format fsdp_dtensor)

@@ -46,30 +46,18 @@ GENERATIONS = {
     "3.5-35B-A3B": Generation(MOE, ExpertStorage(True, False), _WIDE, 3, processor_config=False),
     "3.6-35B-A3B": Generation(MOE, ExpertStorage(True, True), (), 4, processor_config=True),
     "3.8-27B": Generation(DENSE.replace(tie_word_embeddings=False), ExpertStorage(), (), 5, processor_config=False),
+    "3.8-text": Generation(MOE.language_model(), ExpertStorage(True, True), (), 2, processor_config=False),
 }
 
 
 def config_of(architecture: Qwen35VLConfig) -> dict[str, Any]:
     """A config.json with the keys that releases have, ours in another order than we write them."""
     config = architecture.to_hf()
-    text = config["text_config"]
-    moe = "_moe" if architecture.is_moe else ""
+    if architecture.language_model_only:
+        return _text_config_of(architecture, config)
+    text = _text_config_of(architecture, config["text_config"])
     del text["tie_word_embeddings"]  # at the top alone
-    rope = text.pop("rope_parameters")
-    text = {
-        **dict(sorted(text.items())),
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "dtype": "bfloat16",
-        "eos_token_id": 1014,
-        "full_attention_interval": architecture.full_attention_interval,
-        "mlp_only_layers": [],
-        "mtp_use_dedicated_embeddings": False,
-        "rope_parameters": dict(reversed(rope.items())),
-        "use_cache": True,
-    }
-    if architecture.is_moe:
-        text |= {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+    moe = "_moe" if architecture.is_moe else ""
     vision = {
         **config["vision_config"],
         "model_type": f"qwen3_5{moe}",
@@ -88,6 +76,25 @@ def config_of(architecture: Qwen35VLConfig) -> dict[str, Any]:
         "vision_end_token_id": architecture.token_ids.vision_end,
         "vision_start_token_id": architecture.token_ids.vision_start,
     }
+
+
+def _text_config_of(architecture: Qwen35VLConfig, text: dict[str, Any]) -> dict[str, Any]:
+    rope = text.pop("rope_parameters")
+    text = {
+        **dict(sorted(text.items())),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": "bfloat16",
+        "eos_token_id": 1014,
+        "full_attention_interval": architecture.full_attention_interval,
+        "mlp_only_layers": [],
+        "mtp_use_dedicated_embeddings": False,
+        "rope_parameters": dict(reversed(rope.items())),
+        "use_cache": True,
+    }
+    if architecture.is_moe:
+        text |= {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+    return text
 
 
 def tensors_of(generation: Generation, seed: int = 0) -> dict[str, Tensor]:
@@ -125,17 +132,19 @@ def _write_shards(path: Path, tensors: Mapping[str, Tensor], shards: int) -> Non
 
 
 def write_small_files(path: Path, generation: Generation) -> None:
-    """Tokenizer, processor, generation settings, a README: in the style of transformers 4 or 5."""
+    """Tokenizer, processor, generation settings, a README: in the style of transformers 4 or 5; no processor for text
+    alone."""
     from data.processor_files import VISION_TOKENS
     from data.receipts.processor import build_processor
 
-    config = generation.architecture.to_hf()
+    config = generation.architecture.replace(language_model_only=False).to_hf()
     processor = build_processor("tiny", {name: config[name] for name in VISION_TOKENS})
     processor.save_pretrained(path)
     if not generation.processor_config:
         (path / "processor_config.json").unlink()
-        processor.image_processor.save_pretrained(path)
-        processor.video_processor.save_pretrained(path)
+        if not generation.architecture.language_model_only:
+            processor.image_processor.save_pretrained(path)
+            processor.video_processor.save_pretrained(path)
         model = json.loads((path / "tokenizer.json").read_text())["model"]
         (path / "vocab.json").write_text(json.dumps(model["vocab"]))
         (path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))

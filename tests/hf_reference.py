@@ -15,7 +15,7 @@ from evaluation.model import without_gpu_kernels
 from models.qwen35_vl.configuration import Qwen35VLConfig
 
 with without_gpu_kernels():
-    from transformers import Qwen3_5Config, Qwen3_5MoeConfig
+    from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3_5MoeTextConfig, Qwen3_5TextConfig
     from transformers.models.qwen3_5 import modeling_qwen3_5
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
@@ -27,9 +27,14 @@ def modeling(architecture: Qwen35VLConfig) -> ModuleType:
     return modeling_qwen3_5_moe if architecture.is_moe else modeling_qwen3_5
 
 
-def hf_config(architecture: Qwen35VLConfig) -> Qwen3_5Config | Qwen3_5MoeConfig:
+def hf_config(
+    architecture: Qwen35VLConfig,
+) -> Qwen3_5Config | Qwen3_5MoeConfig | Qwen3_5TextConfig | Qwen3_5MoeTextConfig:
     """transformers' configuration object, with the attention and expert code that run in float64 too."""
-    config_class = Qwen3_5MoeConfig if architecture.is_moe else Qwen3_5Config
+    if architecture.language_model_only:
+        config_class = Qwen3_5MoeTextConfig if architecture.is_moe else Qwen3_5TextConfig
+    else:
+        config_class = Qwen3_5MoeConfig if architecture.is_moe else Qwen3_5Config
     config = config_class(**architecture.to_hf())
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
@@ -37,13 +42,14 @@ def hf_config(architecture: Qwen35VLConfig) -> Qwen3_5Config | Qwen3_5MoeConfig:
 
 
 def _model_class(architecture: Qwen35VLConfig) -> type[nn.Module]:
-    if architecture.is_moe:
-        return modeling_qwen3_5_moe.Qwen3_5MoeForConditionalGeneration
-    return modeling_qwen3_5.Qwen3_5ForConditionalGeneration
+    family = "Qwen3_5Moe" if architecture.is_moe else "Qwen3_5"
+    kind = "ForCausalLM" if architecture.language_model_only else "ForConditionalGeneration"
+    return getattr(modeling(architecture), family + kind)
 
 
 def build_hf(architecture: Qwen35VLConfig, seed: int = 0) -> nn.Module:
-    """`Qwen3_5ForConditionalGeneration` or the MoE class, with weights that leave no parameter without effect."""
+    """`Qwen3_5ForConditionalGeneration`, the text class or an MoE one, with weights that leave no parameter without
+    effect."""
     torch.manual_seed(seed)
     model = _model_class(architecture)(hf_config(architecture))
     randomize(model)

@@ -392,7 +392,12 @@ def test_the_dataset_example_gives_samples() -> None:
     exec(example, module)
     limits = {"seq_length": 64, "min_pixels": None, "max_pixels": None}
     args = Namespace(
-        **limits, params_dtype=torch.float32, strict_special_mask=False, train_on="all", chat_template_kwargs="{}"
+        **limits,
+        params_dtype=torch.float32,
+        strict_special_mask=False,
+        train_on="all",
+        chat_template_kwargs="{}",
+        language_model_only=False,
     )
     config = VARIANTS["tiny"].to_hf()
     processor = build_processor("tiny", {name: id for name, id in config.items() if name.endswith("_token_id")})

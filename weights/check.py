@@ -25,10 +25,12 @@ class HfSource:
     """A folder whose tensors are a model's.
 
     mapping: of the folder's tensors to the model.
+    record: dtype of each of these tensors, by the names that the model's exports have.
     """
 
     folder: HfFolder
     mapping: WeightMap
+    record: Mapping[str, str]
 
 
 def described(spec: ModelSpec[Any], config: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -43,6 +45,11 @@ def described(spec: ModelSpec[Any], config: Mapping[str, Any], path: Path) -> Mo
         return spec.from_hf(config)
     except ValueError as error:
         raise FolderError(path, [str(error)]) from error
+
+
+def is_text_only(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of a class without a vision encoder: by transformers' convention, its `model_type`."""
+    return str(config.get("model_type")).endswith("_text")
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
@@ -97,7 +104,7 @@ def check_folder(weights: HfWeights[Any], config: ModelConfig, folder: HfFolder)
     problems = [*mapping.check(folder.shapes), *description_problems(folder.path, config.vocab_size)]
     if problems:
         raise FolderError(folder.path, problems)
-    return HfSource(folder, mapping)
+    return HfSource(folder, mapping, weights.as_exported(config, folder.dtypes))
 
 
 def mapping_of(weights: HfWeights[Any], config: ModelConfig, names: Iterable[str], path: Path) -> WeightMap:

@@ -321,6 +321,7 @@ def import_folder(
     output: Path | str,
     *,
     ckpt_format: Literal["torch_dist", "fsdp_dtensor"] = "torch_dist",
+    language_model_only: bool = False,
     allow_nonfinite: bool = False,
     quiet: bool = False,
 ) -> Path:
@@ -330,6 +331,7 @@ def import_folder(
         hf: a folder with config.json and safetensors.
         output: must not be there yet.
         ckpt_format: fsdp_dtensor for Megatron-FSDP, which loads it with `--finetune`.
+        language_model_only: leave out the vision encoder.
         allow_nonfinite: accept NaN and infinity.
         quiet: no progress on stderr.
 
@@ -343,7 +345,10 @@ def import_folder(
     _, weights, described = model_of(read_config(hf), hf)
     folder = HfFolder.open(hf)
     config, notices = weights.as_stored(described, folder.shapes)
-    mapping = check_folder(weights, config, folder).mapping
+    if language_model_only:
+        config = weights.language_model(config)
+    source = check_folder(weights, config, folder)
+    mapping = source.mapping
     if not quiet:
         for notice in (*notices, *ignored_tensors(mapping, folder)):
             print(f"notice: {folder.path}: {notice}", file=sys.stderr)
@@ -369,7 +374,7 @@ def import_folder(
             (new / RELEASE / "metadata.json").write_text(
                 '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
             )
-        write_hf_folder(new / "hf", config.to_hf(), None, HfOrigin(folder.path, folder.dtypes), with_record=True)
+        write_hf_folder(new / "hf", config.to_hf(), None, HfOrigin(folder.path, dict(source.record)), with_record=True)
         (new / TRACKER).write_text(RELEASE)
     return Path(output)
 

@@ -46,9 +46,10 @@ RECORD = "tensors.json"
 # What the run gave its chat template (`--chat-template-kwargs`), where it gave anything.
 TEMPLATE_ARGUMENTS = "chat_template_kwargs.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+IMAGE_FILES = (*PROCESSOR_FILES, "video_preprocessor_config.json")
 # Everything that a tokenizer and a processor consist of: of one model, all or none of them.
 TEXT_AND_IMAGE_FILES = (
-    *(*PROCESSOR_FILES, "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
+    *(*IMAGE_FILES, "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
@@ -205,8 +206,10 @@ def occupied(target: Path) -> str | None:
     return "it is there already and isn't a folder" if target.exists() else None
 
 
-def has_processor(path: Path) -> bool:
-    return any((path / name).is_file() for name in PROCESSOR_FILES)
+def has_processor(path: Path, *, text_only: bool = False) -> bool:
+    """Whether a folder has a processor's files; for a model of text alone, a tokenizer's."""
+    names = (*PROCESSOR_FILES, "tokenizer.json", "tokenizer_config.json") if text_only else PROCESSOR_FILES
+    return any((path / name).is_file() for name in names)
 
 
 def tensor_names(path: Path) -> set[str] | None:

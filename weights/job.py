@@ -83,7 +83,7 @@ def load_hf(
     folder, mapping, weights = source.folder, source.mapping, weights_table(spec)
     if args.rank == 0:
         _, without = weights.as_stored(described(spec, folder.config, folder.path), folder.shapes)
-        for notice in (*without, *ignored_tensors(mapping, folder), *rounded_tensors(args, weights, folder)):
+        for notice in (*without, *ignored_tensors(mapping, folder), *rounded_tensors(args, weights, source)):
             print(f"notice: {folder.path}: {notice}")
     own = sum(_bytes_to_read(weights, config, mapping, folder, chunk) for chunk in chunks)
     title = f"rank 0 reads its part of {folder.path}"
@@ -121,11 +121,13 @@ def install_shards(chunk: nn.Module) -> None:
         fsdp.install_optimized_model_weights()
 
 
-def rounded_tensors(args: Namespace, weights: HfWeights[Any], folder: HfFolder) -> Iterator[str]:
+def rounded_tensors(args: Namespace, weights: HfWeights[Any], source: HfSource) -> Iterator[str]:
     """What the run's precision can't hold, by dtype."""
     narrow = "BF16" if args.bf16 else "F16" if args.fp16 else "F32"
     rounded: dict[tuple[str, str], list[str]] = {}
-    for name, dtype in folder.dtypes.items():
+    for name, dtype in source.folder.dtypes.items():
+        if name not in source.mapping.tensors:
+            continue
         held = "F32" if weights.is_wide(name) else narrow
         if dtype != held and (held != "F32" or dtype == "F64"):
             rounded.setdefault((dtype, held), []).append(name)

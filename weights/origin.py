@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from models.json_files import JsonError, read_json, read_object
 from runtime.files import write_text
-from weights.check import model_of
+from weights.check import HfSource, is_text_only, model_of
 from weights.folder import (
+    IMAGE_FILES,
     ITEM_SIZES,
     PROCESSOR_FILES,
     RECORD,
     TEMPLATE_ARGUMENTS,
     TEXT_AND_IMAGE_FILES,
     FolderError,
-    HfFolder,
     read_config,
     sidecar_files,
 )
@@ -37,8 +37,8 @@ class HfOrigin:
     """The HuggingFace folder that training came from, now or in the run whose checkpoint it starts from.
 
     folder: with its config.json and sidecar_files; None if there was none.
-    record: dtype of every tensor of it, as safetensors spells it: export gives each the same again, and stores
-        experts as it did.
+    record: dtype of every tensor of it, as safetensors spells it, by the names of exports: these give each the same
+        again, and store experts as it did.
     processor_folder: the folder of the run's processor, whose files are kept as they are; None where the processor is
         built here or comes from the hub.
     """
@@ -48,12 +48,12 @@ class HfOrigin:
     processor_folder: Path | None = None
 
     @classmethod
-    def of(cls, args: Namespace, folder: HfFolder | None) -> HfOrigin:
+    def of(cls, args: Namespace, source: HfSource | None) -> HfOrigin:
         """`--load-hf`'s folder, or what `--load`'s checkpoint knows of it."""
         named = None if args.hf_processor_path is None else Path(args.hf_processor_path).expanduser()
         processor_folder = named if named is not None and named.is_dir() else None
-        if folder is not None:
-            return cls(folder.path, folder.dtypes, processor_folder)
+        if source is not None:
+            return cls(source.folder.path, dict(source.record), processor_folder)
         checkpoint = Path(args.load) / "hf" if args.load is not None else None
         if checkpoint is None or not checkpoint.is_dir():
             return cls(processor_folder=processor_folder)
@@ -135,7 +135,8 @@ def write_hf_folder(
 ) -> None:
     """Write `config.json`, tokenizer and processor, which export and transformers need beside the weights.
 
-    Tokenizer and processor files are all of one source: the run's processor, else the origin.
+    Tokenizer and processor files are all of one source: the run's processor, else the origin. A model of text alone
+    gets no files of images, and its config.json is the origin's text_config.
 
     Args:
         config: this run's. Of the origin's only what means something else is changed, and its file is copied if
@@ -147,8 +148,10 @@ def write_hf_folder(
     Raises:
         ValueError: the folder is there with another architecture: two models in one checkpoint folder.
     """
-    old = None if origin.folder is None else read_config(origin.folder)
-    if old is not None and origin.folder is not None:
+    stored = None if origin.folder is None else read_config(origin.folder)
+    text_only = is_text_only(config)
+    if stored is not None and origin.folder is not None:
+        old = _text_class_s(stored, config) if text_only and not is_text_only(stored) else stored
         config = _changed(old, config, _canonical(old, origin.folder))
     if not with_record:
         config = {**config, **_dtype(config, origin.record)}
@@ -167,11 +170,13 @@ def write_hf_folder(
         _write_processor(folder, processor, origin.processor_folder)
     if processor is not None:
         _write_generation(folder / "generation_config.json", processor.generation)
+    if text_only:
+        _leave_tokenizer(folder)
     if inputs is not None:
         inputs.write(folder)
     if with_record and origin.record:
         write_text(folder / RECORD, json.dumps(origin.record, indent=1) + "\n")
-    if origin.folder is None or config != old:
+    if origin.folder is None or config != stored:
         write_text(path, json.dumps(config, indent=2) + "\n")
     elif not path.exists():
         _copy([origin.folder / path.name], folder)
@@ -203,6 +208,19 @@ def _write_processor(folder: Path, processor: RunProcessor | None, source: Path 
                 getattr(processor.processor, part).save_pretrained(folder)
 
 
+def _leave_tokenizer(folder: Path) -> None:
+    """Take a processor's files away but for the tokenizer's, and keep the template where tokenizers look for it."""
+    for name in IMAGE_FILES:
+        (folder / name).unlink(missing_ok=True)
+    old = folder / "chat_template.json"  # read by transformers 4's processors alone
+    if not old.is_file():
+        return
+    has_own = "chat_template" in read_object(folder / "tokenizer_config.json")
+    if not has_own and not (folder / "chat_template.jinja").exists():
+        write_text(folder / "chat_template.jinja", read_object(old)["chat_template"])
+    old.unlink()
+
+
 def _write_generation(path: Path, settings: Mapping[str, Any]) -> None:
     """generation_config.json as it is where it ends answers as the run was trained to; else completed."""
     old = {name: value for name, value in read_object(path).items() if value is not None} if path.exists() else {}
@@ -221,6 +239,13 @@ def _canonical(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
         return model_of(config, folder)[2].to_hf()
     except FolderError:
         return config
+
+
+def _text_class_s(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A vision-language model's config.json as its text class has it, which is `config`'s: its text_config."""
+    own = {name: config[name] for name in ("architectures", "model_type", "tie_word_embeddings")}
+    top = {name: stored[name] for name in ("dtype", "torch_dtype", "transformers_version") if name in stored}
+    return {**top, **stored["text_config"], **own}
 
 
 def _dtype(config: Mapping[str, Any], record: Mapping[str, str]) -> dict[str, str]:

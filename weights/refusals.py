@@ -31,11 +31,19 @@ def flag_refusals(args: Namespace, spec: ModelSpec[Any]) -> list[str]:
 
 
 def open_source(
-    path: Path, spec: ModelSpec[Any], weights: HfWeights[Any], config: ModelConfig, weights_are_here: bool
+    path: Path,
+    spec: ModelSpec[Any],
+    weights: HfWeights[Any],
+    config: ModelConfig,
+    *,
+    language_model_only: bool,
+    weights_are_here: bool,
 ) -> tuple[HfSource | None, list[str]]:
     """`--load-hf`'s folder with its headers, and refusals: another model, tensors that don't fit."""
     try:
-        differences = weights.differences(config, described(spec, read_config(path), path))
+        model = described(spec, read_config(path), path)
+        # A folder's ViT may be left out.
+        differences = weights.differences(config, weights.language_model(model) if language_model_only else model)
         if differences or not weights_are_here:
             return None, [f"--load-hf {path}: {difference}" for difference in differences]
         folder = HfFolder.open(path)

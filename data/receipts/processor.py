@@ -20,6 +20,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from data.processor_files import TURN_END, TURN_START, VISION_TOKENS, vocab_size
 from data.receipts.values import corpus
+from weights.check import is_text_only
 
 PAD = "<|endoftext|>"
 REASONING = ("<think>", "</think>")  # added, but not special: decoding keeps them
@@ -31,11 +32,13 @@ class TokenIds:
 
     vocab_size: rows of the embedding that the ids must fit.
     ids: of the tokens that only the processor knows; the vision tokens' ids come from the model.
+    vision_ids: of the vision tokens where the model, one of text alone, doesn't know them; see `build_processor`.
     min_pixels, max_pixels: default area that images are resized into.
     """
 
     vocab_size: int
     ids: Mapping[str, int]
+    vision_ids: Mapping[str, int]
     min_pixels: int
     max_pixels: int = 16_777_216
 
@@ -51,6 +54,7 @@ TOKEN_IDS: Mapping[str, TokenIds] = {
             TURN_END: 1016,
             "<|vision_pad|>": 1019,
         },
+        vision_ids=dict(zip(VISION_TOKENS, (1017, 1018, 1020, 1021), strict=True)),
         min_pixels=4096,  # 4 vision tokens
     ),
     "full": TokenIds(
@@ -63,6 +67,7 @@ TOKEN_IDS: Mapping[str, TokenIds] = {
             "<think>": 248068,
             "</think>": 248069,
         },
+        vision_ids=dict(zip(VISION_TOKENS, (248053, 248054, 248056, 248057), strict=True)),
         min_pixels=65536,  # Qwen3.5's: 64 vision tokens
     ),
 }
@@ -153,9 +158,12 @@ def processor_for(config: Mapping[str, Any]) -> Qwen3VLProcessor:
     Args:
         config: the model's `config.json` (`ModelSpec.hf_config`).
     """
+    vocabulary = "tiny" if vocab_size(config) <= TOKEN_IDS["tiny"].vocab_size else "full"
+    if is_text_only(config):
+        return build_processor(vocabulary, TOKEN_IDS[vocabulary].vision_ids)
     vision = config["vision_config"]
     return build_processor(
-        "tiny" if vocab_size(config) <= TOKEN_IDS["tiny"].vocab_size else "full",
+        vocabulary,
         {name: config[name] for name in VISION_TOKENS},
         patch_size=vision["patch_size"],
         merge_size=vision["spatial_merge_size"],

@@ -60,7 +60,6 @@ UNREAD: Mapping[str, Mapping[str, str]] = {
         "tie_word_embeddings": "the top one is the true one",
         "use_cache": "of generation",
         "bos_token_id": "of generation",
-        "eos_token_id": "of generation",
         "pad_token_id": "only keeps the padding's embedding from being trained, which no loss reaches",
         "mamba_ssm_dtype": "of servers' caches; the memory is float32 here too",
         "output_router_logits": "a run's loss is its flags': --moe-aux-loss-coeff",

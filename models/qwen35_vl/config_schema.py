@@ -63,6 +63,7 @@ _TEXT: Mapping[str, Check] = {
     "rope_parameters": either(mapping, null),
     "rope_scaling": either(mapping, null),
     "tie_word_embeddings": boolean,
+    "eos_token_id": either(_TOKEN_ID, ListOf(_TOKEN_ID, 0, 64), null),
 }
 _ROPE: Mapping[str, Check] = {
     "rope_theta": Number(1, 1e12),
@@ -110,7 +111,6 @@ def relation_problems(config: Any) -> list[str]:
         config: a `configuration.Qwen35VLConfig`.
     """
     found = []
-    vision = config.vision
     for key, number, other, divisor in (
         ("text_config.num_attention_heads", config.num_attention_heads, "num_key_value_heads", config.num_query_groups),
         (
@@ -119,19 +119,9 @@ def relation_problems(config: Any) -> list[str]:
             "linear_num_key_heads",
             config.linear_num_key_heads,
         ),
-        ("vision_config.hidden_size", vision.hidden_size, "num_heads", vision.num_attention_heads),
     ):
         if number % divisor:
             found.append(f"{key} is {number}, which {other}, {divisor}, doesn't divide")
-    if not vision.hidden_size % vision.num_attention_heads and vision.hidden_size // vision.num_attention_heads % 4:
-        found.append(
-            f"vision_config.hidden_size is {vision.hidden_size} over num_heads {vision.num_attention_heads}; a head's "
-            "channels have to be a multiple of 4, for two rotations of halves"
-        )
-    if isqrt(vision.num_position_embeddings) ** 2 != vision.num_position_embeddings:
-        found.append(
-            f"vision_config.num_position_embeddings is {vision.num_position_embeddings}; it has to be a square"
-        )
     pairs = int(config.kv_channels * config.rotary_percent) // 2
     if sum(config.mrope_section) != pairs:
         found.append(
@@ -148,6 +138,25 @@ def relation_problems(config: Any) -> list[str]:
                 f"text_config.num_experts {config.num_experts} in num_hidden_layers {config.num_layers}: more than "
                 f"{_LARGEST_EXPERT_TABLE:,} experts together"
             )
+    return [*found, *([] if config.language_model_only else _vision_relations(config))]
+
+
+def _vision_relations(config: Any) -> list[str]:
+    """The same of the ViT's numbers, and of the ids that stand around its features."""
+    found = []
+    vision = config.vision
+    width, heads = vision.hidden_size, vision.num_attention_heads
+    if width % heads:
+        found.append(f"vision_config.hidden_size is {width}, which num_heads, {heads}, doesn't divide")
+    elif width // heads % 4:
+        found.append(
+            f"vision_config.hidden_size is {width} over num_heads {heads}; a head's "
+            "channels have to be a multiple of 4, for two rotations of halves"
+        )
+    if isqrt(vision.num_position_embeddings) ** 2 != vision.num_position_embeddings:
+        found.append(
+            f"vision_config.num_position_embeddings is {vision.num_position_embeddings}; it has to be a square"
+        )
     ids = {
         "image_token_id": config.token_ids.image,
         "video_token_id": config.token_ids.video,

@@ -116,6 +116,12 @@ class Qwen35VLConfig:
     max_position_embeddings: int = number("max_position_embeddings", "--max-position-embeddings", 262144)
     # Megatron's None is no MTP layer.
     mtp_num_layers: int = number("mtp_num_hidden_layers", "--mtp-num-layers", 1, read=lambda value: value or 0)
+    # Ends a document: what a text_config says of generation, where generation_config.json says it for answers.
+    eos_token_id: int | tuple[int, ...] | None = number(
+        "eos_token_id", default=248044, read=lambda value: tuple(value) if isinstance(value, list) else value
+    )
+    # Built without the ViT, whose numbers and ids then describe nothing; config.json is the text class's.
+    language_model_only: bool = False
     vision: Qwen35VLVisionConfig = field(default_factory=Qwen35VLVisionConfig)
     token_ids: SpecialTokenIds = field(default_factory=SpecialTokenIds)
 
@@ -159,11 +165,20 @@ class Qwen35VLConfig:
         Not compared: what a run chooses without being another model (`_CHOICES`).
         """
         flags, theirs = _flattened(self), _flattened(folder)
+        if self.language_model_only != folder.language_model_only:
+            return [
+                f"{'without' if self.language_model_only else 'with'} a vision encoder by the flags, and "
+                f"{'without' if folder.language_model_only else 'with'} one by the folder's config.json"
+            ]
         return [
             f"{name} is {flags[name]} by the flags and {theirs[name]} in the folder's config.json"
             for name in flags
             if flags[name] != theirs[name] and name not in _CHOICES
         ]
+
+    def language_model(self) -> Qwen35VLConfig:
+        """The same model without its vision encoder: `--language-model-only`."""
+        return self.replace(language_model_only=True)
 
     def replace(self, **changes: Any) -> Qwen35VLConfig:
         return dataclasses.replace(self, **changes)
@@ -222,12 +237,14 @@ class Qwen35VLConfig:
             tie_word_embeddings=not args.untie_embeddings_and_output_weights,
             vision=overridden(self.vision, args),
             token_ids=overridden(self.token_ids, args),
+            language_model_only=args.language_model_only,
         )
 
     # HuggingFace's spelling
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of `Qwen3_5ForConditionalGeneration` (dense) or `Qwen3_5MoeForConditionalGeneration`.
+        """The `config.json` of `Qwen3_5ForConditionalGeneration` (dense) or `Qwen3_5MoeForConditionalGeneration`; of
+        `Qwen3_5ForCausalLM` or `Qwen3_5MoeForCausalLM` without a vision encoder.
 
         Field by field as the released folders write it; `mtp_num_hidden_layers` and `mamba_ssm_dtype` are there
         too, though transformers 5.17 reads neither.
@@ -251,6 +268,8 @@ class Qwen35VLConfig:
             "mlp_only_layers": [],
             "mtp_use_dedicated_embeddings": False,
         }
+        if self.language_model_only:
+            return {"architectures": [_HF_TEXT_CLASSES[self.is_moe]], **text}
         return {
             "architectures": [_HF_CLASSES[self.is_moe]],
             "model_type": model_type,
@@ -274,38 +293,43 @@ class Qwen35VLConfig:
             ValueError: another architecture, a value that is missing, of a wrong kind, out of range or in contradiction
                 to another, or a structure that the harness doesn't build; the message names every key at fault.
         """
-        is_moe = config.get("model_type") == "qwen3_5_moe"
-        if config.get("model_type") not in MODEL_TYPES:
-            raise ValueError(
-                f"config.json has model_type {config.get('model_type')!r}; expected 'qwen3_5' or 'qwen3_5_moe'"
-            )
+        model_type = config.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise ValueError(f"config.json has model_type {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
+        is_moe, is_text = model_type.startswith("qwen3_5_moe"), model_type.endswith("_text")
+        if is_text:
+            config = {**config, "text_config": config, "vision_config": {}}
         text, vision = (_hf_section(config, name) for name in ("text_config", "vision_config"))
-        _refuse(config_problems(config))
+        _refuse(config_problems(config), is_text)
         required = {s.hf for _, s in spellings(cls) if s.hf is not None and s.required and s.applies(is_moe)}
         if missing := sorted(required - set(text)):
-            raise ValueError(f"config.json: text_config lacks {', '.join(missing)}")
+            raise ValueError(f"config.json{'' if is_text else ': text_config'} lacks {', '.join(missing)}")
         # transformers 4 had rope_scaling, and rope_theta beside it.
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         read = cls(
             # transformers leaves the number out of folders without MTP.
-            **numbers_of(cls, {"mtp_num_hidden_layers": 0, **text, "rope_parameters": {**text, **rope}}, is_moe),
+            **numbers_of(cls, {**_ABSENT, **text, "rope_parameters": {**text, **rope}}, is_moe),
             full_attention_interval=_full_attention_interval(text),
             # The top-level flag is the true one: text_config repeats its class default.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             vision=Qwen35VLVisionConfig(**numbers_of(Qwen35VLVisionConfig, vision, is_moe)),
             token_ids=SpecialTokenIds(**numbers_of(SpecialTokenIds, config, is_moe)),
+            language_model_only=is_text,
         )
         contradictions = relation_problems(read)
         out = vision.get("out_hidden_size", read.hidden_size)
         if out != read.hidden_size:
             contradictions.append(f"vision_config.out_hidden_size is {out}, text_config.hidden_size {read.hidden_size}")
-        _refuse(contradictions)
+        _refuse(contradictions, is_text)
         return read
 
 
-MODEL_TYPES = ("qwen3_5", "qwen3_5_moe")
-# MTP can be left out (a folder that lacks it lacks tensors); positions can be extended; init is overwritten.
-_CHOICES = {"mtp_num_layers", "max_position_embeddings", "init_method_std"}
+MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
+# MTP can be left out (a folder that lacks it lacks tensors); positions can be extended; init is overwritten; the end of
+# a document is of generation.
+_CHOICES = {"mtp_num_layers", "max_position_embeddings", "init_method_std", "eos_token_id"}
+_ABSENT = {"mtp_num_hidden_layers": 0, "eos_token_id": None}  # what a config.json without the key means
+_HF_TEXT_CLASSES = {False: "Qwen3_5ForCausalLM", True: "Qwen3_5MoeForCausalLM"}
 _HF_CLASSES = {False: "Qwen3_5ForConditionalGeneration", True: "Qwen3_5MoeForConditionalGeneration"}
 # What the model is besides its numbers, in Megatron's flags.
 _STRUCTURE = (
@@ -335,18 +359,22 @@ _MOE_STRUCTURE = (
 def _flattened(config: Qwen35VLConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     vision, token_ids = fields.pop("vision"), fields.pop("token_ids")
+    if config.language_model_only:
+        return fields
     return fields | {f"vision.{k}": v for k, v in vision.items()} | {f"token_ids.{k}": v for k, v in token_ids.items()}
 
 
-def _refuse(problems: list[str]) -> None:
+def _refuse(problems: list[str], is_text: bool) -> None:
+    """Raise for all problems at once; `is_text`: the keys of text_config stand at the top."""
     if problems:
-        raise ValueError(f"config.json: {'; '.join(problems)}")
+        said = "; ".join(problems)
+        raise ValueError(f"config.json: {said.replace('text_config.', '') if is_text else said}")
 
 
 def _hf_section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = config.get(name)
     if not isinstance(section, Mapping):
-        raise ValueError(f"config.json lacks {name}: a text-only or foreign folder can't be trained here")
+        raise ValueError(f"config.json lacks {name}, which its model_type has")
     return section
 
 
@@ -386,7 +414,7 @@ _TINY = Qwen35VLConfig(
     num_layers=4, hidden_size=128, ffn_hidden_size=384, num_attention_heads=4, num_query_groups=2,
     kv_channels=32, mrope_section=(2, 1, 1), linear_num_key_heads=4, linear_num_value_heads=8,
     linear_key_head_dim=16, linear_value_head_dim=16, vocab_size=1024, max_position_embeddings=32768,
-    tie_word_embeddings=True,
+    tie_word_embeddings=True, eos_token_id=1014,
     vision=Qwen35VLVisionConfig(num_layers=2, hidden_size=128, num_attention_heads=4, ffn_hidden_size=384),
     token_ids=SpecialTokenIds(image=1020, video=1021, vision_start=1017, vision_end=1018),
 )  # fmt: skip

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from models.expert_flags import stacks_experts
 from models.qwen35_vl.configuration import MODEL_TYPES, VARIANTS, Qwen35VLConfig
 from models.qwen35_vl.hf_weights import (
     GROUPS,
-    ExpertStorage,
+    as_exported,
     as_stored,
     canonical_parameters,
     checkpoint_slices,
@@ -18,12 +17,11 @@ from models.qwen35_vl.hf_weights import (
     fsdp_checkpoint_slices,
     is_wide,
     linears,
-    weight_map,
+    map_of_folder,
 )
 from models.qwen35_vl.parallelism import check_layout
 from models.spec import HfWeights, ModelInputs, ModelSpec
 from models.trained import EVERYTHING, Trained
-from models.weight_map import WeightMap
 
 if TYPE_CHECKING:
     from models.base import MultimodalModel
@@ -78,10 +76,6 @@ def _model_inputs(config: Qwen35VLConfig, trained: Trained = EVERYTHING) -> Mode
     return Qwen35VLInputs(config, trained)
 
 
-def _mapping(config: Qwen35VLConfig, names: Iterable[str]) -> WeightMap:
-    return weight_map(config, ExpertStorage.detect(names))
-
-
 QWEN35_VL = ModelSpec(
     variants=VARIANTS,
     from_hf=Qwen35VLConfig.from_hf,
@@ -93,7 +87,9 @@ QWEN35_VL = ModelSpec(
         model_types=MODEL_TYPES,
         differences=Qwen35VLConfig.differences,
         as_stored=as_stored,
-        mapping=_mapping,
+        language_model=Qwen35VLConfig.language_model,
+        mapping=map_of_folder,
+        as_exported=as_exported,
         parameters=canonical_parameters,
         checkpoint_slices=checkpoint_slices,
         fsdp_checkpoint_slices=fsdp_checkpoint_slices,

@@ -55,7 +55,7 @@ class FlopCount:
         """For a run that trains this."""
         trained = set() if what.adapters else weight_map(config).sources.keys() - what.frozen
         counter = _Counter(trained, what.adapters)
-        vision = counter.walk(_vision(config), upstream=False)
+        vision = not config.language_model_only and counter.walk(_vision(config), upstream=False)
         embedded = vision or EMBEDDING in trained
         hidden = counter.walk(_decoder(config), embedded)
         output, macs = EMBEDDING if config.tie_word_embeddings else OUTPUT, config.hidden_size * config.vocab_size

@@ -10,7 +10,7 @@ Torch-free to import, for the launcher's preflight.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT = "language_model.output_layer.weight"
 HF_TEXT = "model.language_model."
+HF_TEXT_ALONE = "model."  # of the class that has no ViT
 HF_VISION = "model.visual."
 
 # What --freeze and --lr-mult name. A tied head has no tensor of its own, and is the embedding's.
 GROUPS = {
     "vision": r"^model\.visual\.(?!merger\.)",
     "projector": r"^model\.visual\.merger\.",
-    "language": r"^(model\.language_model\.(layers|norm)|mtp|lm_head)\.",
-    "embeddings": r"^model\.language_model\.embed_tokens\.",
+    "language": r"^(model\.(language_model\.)?(layers|norm)|mtp|lm_head)\.",
+    "embeddings": r"^model\.(language_model\.)?embed_tokens\.",
 }
 _LINEAR = re.compile(r"\.(linear_(qkv|proj|fc1|fc2)|in_proj|out_proj|eh_proj)\.weight$|\.gate_weight$")
 # A backend's name -> the canonical one.
@@ -56,26 +57,56 @@ class ExpertStorage:
         return cls(stacked_experts=False not in single, stacked_mtp_experts=True not in single)
 
 
-def weight_map(config: Qwen35VLConfig, storage: ExpertStorage | None = None) -> WeightMap:
+def weight_map(config: Qwen35VLConfig, storage: ExpertStorage | None = None, text: str | None = None) -> WeightMap:
     """The mapping of one architecture to one way of storing it; experts are stacked if `storage` is None.
+
+    Args:
+        text: what the decoder's names begin with; None: as the class in `config.json` has them.
 
     Raises:
         ValueError: more than one MTP layer, for which HF has no names.
     """
     storage = storage or ExpertStorage()
+    text = text or _own_prefix(config)
     if config.mtp_num_layers > 1:
         raise ValueError(f"HF's names hold one MTP layer, and the model has {config.mtp_num_layers}")
-    sources = {**_vision(config), **_decoder(config, storage)}
+    sources = _decoder(config, storage, text)
     ignored = [(r"(.*\.)?rotary(_pos)?_emb\.(original_)?inv_freq", "computed, not learned")]
     copies = {}
+    if config.language_model_only:
+        ignored.append((rf"{re.escape(HF_VISION)}.*", "the model is built without the vision encoder"))
+    else:
+        sources = {**_vision(config), **sources}
     if config.tie_word_embeddings:
         ignored.append((r"lm_head\.weight", "tied to the embedding"))
-        copies[f"{HF_TEXT}embed_tokens.weight"] = "lm_head.weight"
+        copies[f"{text}embed_tokens.weight"] = "lm_head.weight"
     if config.mtp_num_layers:
         sources |= _mtp(config, storage)
     else:
         ignored.append((r"mtp\..*", "the model is built without MTP"))
     return WeightMap(sources, ignored, copies)
+
+
+def _own_prefix(config: Qwen35VLConfig) -> str:
+    return HF_TEXT_ALONE if config.language_model_only else HF_TEXT
+
+
+def map_of_folder(config: Qwen35VLConfig, names: Iterable[str]) -> WeightMap:
+    """The mapping of a folder with these tensors; without names, of the folder that an export makes.
+
+    A model without a ViT may come from a folder that has one.
+    """
+    names = list(names)
+    with_vision = any(name.startswith(HF_TEXT) for name in names)
+    return weight_map(config, ExpertStorage.detect(names), HF_TEXT if with_vision else None)
+
+
+def as_exported(config: Qwen35VLConfig, dtypes: Mapping[str, str]) -> dict[str, str]:
+    """What is known of a folder's tensors by name, by the names of a model's export that comes from it."""
+    if not config.language_model_only:
+        return dict(dtypes)
+    kept = {name: dtype for name, dtype in dtypes.items() if not name.startswith(HF_VISION)}
+    return {re.sub(rf"^{re.escape(HF_TEXT)}", HF_TEXT_ALONE, name): dtype for name, dtype in kept.items()}
 
 
 def as_stored(config: Qwen35VLConfig, names: Iterable[str]) -> tuple[Qwen35VLConfig, list[str]]:
@@ -296,17 +327,17 @@ def _vision(config: Qwen35VLConfig) -> dict[str, Source]:
     return {f"vision_model.{name}": source for name, source in table.items()}
 
 
-def _decoder(config: Qwen35VLConfig, storage: ExpertStorage) -> dict[str, Source]:
+def _decoder(config: Qwen35VLConfig, storage: ExpertStorage, text: str) -> dict[str, Source]:
     vocabulary, hidden = config.vocab_size, config.hidden_size
     table = {
-        EMBEDDING: _by_rows(RowRange(f"{HF_TEXT}embed_tokens.weight", 0, vocabulary), tail=(hidden,)),
-        "language_model.decoder.final_layernorm.weight": _whole(f"{HF_TEXT}norm.weight", hidden),
+        EMBEDDING: _by_rows(RowRange(f"{text}embed_tokens.weight", 0, vocabulary), tail=(hidden,)),
+        "language_model.decoder.final_layernorm.weight": _whole(f"{text}norm.weight", hidden),
     }
     if not config.tie_word_embeddings:
         table[OUTPUT] = _by_rows(RowRange("lm_head.weight", 0, vocabulary), tail=(hidden,))
     for i in range(config.num_layers):
         full_attention = (i + 1) % config.full_attention_interval == 0
-        layer = _layer(f"{HF_TEXT}layers.{i}.", config, full_attention, storage.stacked_experts)
+        layer = _layer(f"{text}layers.{i}.", config, full_attention, storage.stacked_experts)
         table |= {f"language_model.decoder.layers.{i}.{name}": source for name, source in layer.items()}
     return table
 

@@ -34,7 +34,13 @@ class Qwen35VLInputs:
 
     @property
     def image_token_id(self) -> int:
+        if self.config.language_model_only:
+            return self.config.vocab_size  # no token stands for an image
         return self.config.token_ids.image
+
+    @property
+    def video_token_id(self) -> int:
+        return self.image_token_id if self.config.language_model_only else self.config.token_ids.video
 
     @property
     def merge_size(self) -> int:
@@ -53,12 +59,11 @@ class Qwen35VLInputs:
         return self.config.mtp_num_layers
 
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
-        token_ids = self.config.token_ids
         return position_ids(
             input_ids,
             grid_thw,
-            image_token_id=token_ids.image,
-            video_token_id=token_ids.video,
+            image_token_id=self.image_token_id,
+            video_token_id=self.video_token_id,
             spatial_merge_size=self.merge_size,
         )
 

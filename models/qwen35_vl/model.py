@@ -1,4 +1,4 @@
-"""Build one pipeline stage of Qwen3.5-VL: ViT in front, hybrid decoder behind."""
+"""Build one pipeline stage of Qwen3.5-VL: ViT in front, hybrid decoder behind; or of its text class, without a ViT."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build_qwen35_vl(
         keep_logits=args.keep_logits,
     )
     vision_model = None
-    if pre_process:
+    if pre_process and not architecture.language_model_only:
         vision_model = VisionEncoder(
             _vision_config(args, architecture, language_config),
             architecture.vision,

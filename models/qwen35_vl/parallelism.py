@@ -20,7 +20,7 @@ def check_layout(args: Namespace, config: Qwen35VLConfig) -> list[str]:
     """
     return [
         *_check_decoder(args, config),
-        *_check_vision(args, config),
+        *([] if config.language_model_only else _check_vision(args, config)),
     ]
 
 
@@ -48,10 +48,6 @@ def _check_decoder(args: Namespace, config: Qwen35VLConfig) -> list[str]:
             f"--mrope-section {section}: sums to {sum(config.mrope_section)}, but --kv-channels {config.kv_channels} "
             f"and --rotary-percent {config.rotary_percent} leave {rotary_pairs} frequencies"
         )
-    if not 0 <= config.token_ids.image < config.vocab_size:
-        problems.append(
-            f"--image-token-id {config.token_ids.image} isn't among the embedding's {config.vocab_size} rows"
-        )
     return problems
 
 
@@ -63,6 +59,10 @@ def _largest_cp(tp: int, heads: int) -> str:
 
 def _check_vision(args: Namespace, config: Qwen35VLConfig) -> list[str]:
     problems = []
+    if not 0 <= config.token_ids.image < config.vocab_size:
+        problems.append(
+            f"--image-token-id {config.token_ids.image} isn't among the embedding's {config.vocab_size} rows"
+        )
     tp, vision = args.tensor_model_parallel_size, config.vision
     for what, size in (("heads", vision.num_attention_heads), ("FFN channels", vision.ffn_hidden_size)):
         if size % tp:

@@ -359,6 +359,7 @@ def arguments(**changes: object) -> Namespace:
             "virtual_pipeline_model_parallel_size": None,
             "context_parallel_size": 1,
             "redundant_vision": False,
+            "language_model_only": False,
             "tensor_model_parallel_size": 1,
             "sequence_parallel": False,
             "loader_timeout_minutes": 10.0,

@@ -25,6 +25,7 @@ def build(split: str = "train", **changes: object) -> MockDataset:
         "image_size": 128,
         "image_seq_length": 256,
         "params_dtype": torch.bfloat16,
+        "language_model_only": False,
     } | changes
     return DATASET_PROVIDERS["mock"].build(Namespace(**arguments), split, None, Inputs())
 

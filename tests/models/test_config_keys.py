@@ -85,6 +85,48 @@ def test_yarn_is_refused_in_both_spellings() -> None:
 
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_released_keys_are_accepted(name: str) -> None:
-    config = config_of(GENERATIONS[name].architecture)
-    assert unbuilt_keys(config) == []
-    assert Qwen35VLConfig.from_hf(config) == GENERATIONS[name].architecture
+    architecture = GENERATIONS[name].architecture
+    config = config_of(architecture)
+    assert unbuilt_keys({"text_config": config, "vision_config": {}, **config}) == []
+    read = Qwen35VLConfig.from_hf(config)
+    assert read.to_hf() == architecture.to_hf() and read.differences(architecture) == []
+
+
+@pytest.mark.parametrize("variant", ["0.8b", "9b", "35b_a3b", "397b_a17b"])
+@pytest.mark.parametrize("text_only", [False, True])
+def test_a_run_from_scratch_writes_the_keys_of_releases(variant: str, text_only: bool) -> None:
+    architecture = VARIANTS[variant].language_model() if text_only else VARIANTS[variant]
+    config = architecture.to_hf()
+    text = config if text_only else config["text_config"]
+    released = {
+        "eos_token_id": 248044,  # of a document; generation_config.json has a turn's too
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "mamba_ssm_dtype": "float32",
+        "attn_output_gate": True,
+        "full_attention_interval": 4,
+    }
+    assert {key: text[key] for key in released} == released
+    if not text_only:
+        assert config["vision_config"]["model_type"] == config["model_type"]
+        assert config["vision_config"]["deepstack_visual_indexes"] == []
+
+
+@pytest.mark.parametrize("value", [7, [7, 8], None])
+def test_the_end_of_a_document_is_read(value: object) -> None:
+    config = config_of(VARIANTS["tiny"])
+    config["text_config"]["eos_token_id"] = value
+    read = Qwen35VLConfig.from_hf(config)
+    assert read.to_hf()["text_config"].get("eos_token_id") == value
+    assert read.differences(VARIANTS["tiny"]) == []
+    del config["text_config"]["eos_token_id"]
+    assert "eos_token_id" not in Qwen35VLConfig.from_hf(config).to_hf()["text_config"]
+
+
+@pytest.mark.parametrize("value", [-1, "7", True, [True]])
+def test_another_end_of_a_document_is_refused(value: object) -> None:
+    config = config_of(VARIANTS["tiny"])
+    config["text_config"]["eos_token_id"] = value
+    with pytest.raises(ValueError, match=r"text_config\.eos_token_id"):
+        Qwen35VLConfig.from_hf(config)

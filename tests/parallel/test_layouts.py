@@ -50,6 +50,9 @@ BROKEN_FLAGS = ("--dataset-provider", "broken_documents:build", "--max-bad-fract
 BROKEN = Group("broken", ("--variant", "tiny_moe"), loss=1e-14, gradient=2e-13, update=4e-12, flags=BROKEN_FLAGS)
 # The reference too: tests/models/test_grouped_experts.py compares with single experts.
 GROUPED = Group("grouped", MOE.arguments, loss=1e-14, gradient=2e-13, update=4e-12, flags=("--moe-grouped-gemm",))
+TEXT = Group(
+    "text", ("--variant", "tiny_moe"), loss=1e-14, gradient=2e-13, update=4e-12, flags=("--language-model-only",)
+)
 SGD = Group("sgd", ("--variant", "tiny_moe", "--optimizer", "sgd"), loss=1e-14, gradient=2e-13, update=4e-12)
 FLOAT32_MOE = Group("moe32", ("--variant", "tiny_moe", "--dtype", "float32"), loss=1e-6, gradient=2e-4, update=2e-4)
 FLOAT32_DENSE = Group("dense32", ("--variant", "tiny", "--dtype", "float32"), loss=1e-6, gradient=2e-4, update=2e-4)
@@ -73,6 +76,7 @@ SLOW: dict[Group, str] = {
     BROKEN: "pp2 tp2+sp+cp2 tp2+sp+pp2",
     SGD: "tp2+sp cp2 pp2 ep2",
     GROUPED: "ep2 tp2+sp+etp1 tp2+sp+ep2 ep2+etp2 pp2 dp2+distopt",
+    TEXT: "tp2+sp+cp2 pp2 ep2",
     # Megatron-FSDP has no float64: param_and_grad_buffer.py:2582 knows the sizes of 16 and 32 bits alone.
     FLOAT32_MOE: "tp2+sp cp2 pp2 ep2 tp2+sp+cp2 fsdp2 fsdp2+cp2 fsdp2+tp2+sp",
     FLOAT32_DENSE: "tp2+sp cp2 pp2 dp2+distopt tp2+sp+cp2 fsdp2",

@@ -1,6 +1,7 @@
 """Every released generation, in small, through every path: tensors, dtypes and small files come back bit for bit.
 
-docs/weights.md has the table of generations and paths that `test_the_table_in_the_documentation` makes.
+docs/weights.md has the table of generations and paths that `test_the_table_in_the_documentation` makes; the slow tests
+here take most of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from tests.hf_folders import assert_same, read_folder
-from tests.hf_generations import GENERATIONS, small_files, write_generation
+from tests.hf_generations import GENERATIONS, small_files, write_generation, write_small_files
 from tests.train_jobs import FP32, ROOT, run
 from weights.checkpoint import export_checkpoint, import_folder
 from weights.folder import TEXT_AND_IMAGE_FILES
@@ -32,7 +33,11 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "the same, fp32": tuple(GENERATIONS),
     "import, export": tuple(GENERATIONS),
     "import, `--load`, `--save`, export": tuple(GENERATIONS),
+    "both with TP2, then PP2 (MoE: EP2, then DP2)": tuple(GENERATIONS),
+    "both with FSDP on 2 ranks": tuple(GENERATIONS),
 }
+# The jobs' mock data has images.
+TEXT_ALONE = ("--image-seq-length", "0")
 
 
 class Trips:
@@ -47,15 +52,17 @@ class Trips:
         self.targets: list[tuple[str, Path]] = []
 
     def through_a_run(self, name: str, label: str, *flags: str, precision: str = "") -> None:
+        """--load-hf, a step, --save-hf."""
         target = self.folder / f"{name}-{label}"
         words = [precision] if precision else []
-        self.lines.append([*words, "--load-hf", str(self.folder / name), "--save-hf", str(target), *flags])
+        paths = ["--load-hf", str(self.folder / name), "--save-hf", str(target)]
+        self.lines.append([*words, *paths, *_data(name), *flags])
         self.targets.append((name, target))
 
     def through_a_checkpoint(self, name: str, start: Path, label: str, *flags: str) -> Path:
         saved = self.folder / f"{name}-{label}"
         load = ["--hf-config", str(self.folder / name), "--load", str(start), "--finetune"]
-        self.lines.append([*load, "--save", str(saved), "--no-save-optim", *flags])
+        self.lines.append([*load, "--save", str(saved), "--no-save-optim", *_data(name), *flags])
         self.targets.append((name, saved))
         return saved
 
@@ -71,21 +78,33 @@ class Trips:
             assert small_files(target) == small_files(self.folder / name), target
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Trips:
-    trips = Trips(tmp_path_factory.mktemp("generations"))
+def _data(name: str) -> tuple[str, ...]:
+    return TEXT_ALONE if GENERATIONS[name].architecture.language_model_only else ()
+
+
+@pytest.mark.heavy
+def test_generations_cross_one_rank_unchanged(tmp_path: Path) -> None:
+    trips = Trips(tmp_path)
     for name in GENERATIONS:
-        imported = trips.imported(name)
-        trips.targets.append((name, imported))
         trips.through_a_run(name, "bf16")
-        trips.through_a_run(name, "fp32", precision=FP32)
-        trips.through_a_checkpoint(name, imported, "saved")
     run(trips.folder, trips.lines)
-    return trips
+    trips.check()
 
 
-def test_generations_cross_one_rank_unchanged(one_rank: Trips) -> None:
-    one_rank.check()
+def test_generations_cross_checkpoints_unchanged(tmp_path: Path) -> None:
+    trips = Trips(tmp_path)
+    trips.targets += [(name, trips.imported(name)) for name in GENERATIONS]
+    trips.check()
+
+
+@pytest.mark.slow
+def test_generations_cross_one_rank_in_other_ways_unchanged(tmp_path: Path) -> None:
+    trips = Trips(tmp_path)
+    for name in GENERATIONS:
+        trips.through_a_run(name, "fp32", precision=FP32)
+        trips.through_a_checkpoint(name, trips.imported(name), "saved")
+    run(trips.folder, trips.lines)
+    trips.check()
 
 
 @pytest.mark.slow
@@ -121,8 +140,10 @@ def test_the_table_in_the_documentation() -> None:
     assert table() in (ROOT / "docs/weights.md").read_text(), table()
 
 
-def test_files_of_a_processor_are_known(one_rank: Trips) -> None:
+def test_files_of_a_processor_are_known(tmp_path: Path) -> None:
     """A new kind of file would be copied beside another processor's."""
     settings = {"README.md", "config.json", "generation_config.json"}
-    for name in GENERATIONS:
-        assert small_files(one_rank.folder / name).keys() - settings <= set(TEXT_AND_IMAGE_FILES)
+    for name, generation in GENERATIONS.items():
+        (tmp_path / name).mkdir()
+        write_small_files(tmp_path / name, generation)
+        assert small_files(tmp_path / name).keys() - settings <= set(TEXT_AND_IMAGE_FILES)

@@ -85,9 +85,13 @@ class Job:
         self.row_ranges.append(["--load-hf", str(self.folder / source), "--save-hf", str(target), *flags])
         self.checks.append((target, source))
 
-    def through_checkpoint(self, source: str, start: str, layout: str, *flags: str) -> None:
-        """--load the checkpoint of `start`, a step, --save."""
+    def through_checkpoint(self, source: str, start: str, layout: str, *flags: str, export: bool = False) -> None:
+        """--load the checkpoint of `start`, a step, --save; `export` too with --save-hf."""
         target = self.folder / f"{source}-{layout}"
+        if export:
+            folder = self.folder / f"{source}-{layout}-hf"
+            flags = (*flags, "--save-hf", str(folder))
+            self.checks.append((folder, source))
         load = [
             "--hf-config",
             str(self.folder / source),
@@ -114,7 +118,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, str]:
     for source in FOLDERS:
         job.add_source(source)
         job.through_ranks(source, "one", "--max-shard-size", "1MB", save=True)
-        job.through_checkpoint(source, "imported", "one")
+    job.through_checkpoint("moe_single_experts", "imported", "one")
     # The checkpoint of the line before goes on, and the folder isn't read.
     saved = str(job.folder / "moe_single_experts-one")
     again = ["--load-hf", str(job.folder / "moe_single_experts"), "--load", saved, "--no-load-optim", "--no-load-rng"]
@@ -157,13 +161,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Job:
     dense, moe = FOLDERS
     job.add_source(dense)
     job.add_source(moe)
-    job.through_ranks(dense, "tp2", *TP2)
-    job.through_ranks(dense, "pp2", *PP2)
-    job.through_ranks(moe, "ep2", *EP2)
-    job.through_checkpoint(dense, "imported", "tp2", *TP2)
-    job.through_checkpoint(dense, "tp2", "pp2", *PP2)
-    job.through_checkpoint(moe, "imported", "ep2", *EP2)
-    job.through_checkpoint(moe, "ep2", "dp2")
+    job.through_ranks(dense, "tp2", *TP2, save=True)
+    job.through_checkpoint(dense, "tp2-saved", "pp2", *PP2, export=True)
+    job.through_ranks(moe, "ep2", *EP2, save=True)
+    job.through_checkpoint(moe, "ep2-saved", "dp2")
     job.run(2)
     return job
 

@@ -55,6 +55,7 @@ def dataset_of(tmp_path: Path, rows: list[Any], processor: Qwen3VLProcessor, **c
             "max_pixels": None,
             "params_dtype": torch.float32,
             "strict_special_mask": False,
+            "language_model_only": False,
             "train_on": "all",
             "chat_template_kwargs": "{}",
         }
