@@ -261,7 +261,7 @@ def machine_flags(args: Namespace, machine: Machine) -> list[str]:
         flags.append("--no-gradient-accumulation-fusion")
     args = Namespace(**{**vars(args), "transformer_impl": impl})
     if args.num_experts:
-        if takes_grouped_gemm(args, on_gpu=machine.gpus > 0):
+        if not args.no_moe_grouped_gemm and takes_grouped_gemm(args, on_gpu=machine.gpus > 0):
             flags.append("--moe-grouped-gemm")
         if machine.gpus and impl == "transformer_engine" and not args.no_moe_fusion:
             flags += ["--moe-permute-fusion", "--moe-router-fusion"]

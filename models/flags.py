@@ -79,6 +79,11 @@ def _add_execution_flags(group: _ArgumentGroup) -> None:
         "Transformer Engine's plain attention where it has no fused one",
     )
     group.add_argument(
+        "--no-moe-grouped-gemm",
+        action="store_true",
+        help="Compute experts one by one: leave out --moe-grouped-gemm, which experts get by default in bf16",
+    )
+    group.add_argument(
         "--no-moe-fusion",
         action="store_true",
         help="Leave out --moe-permute-fusion and --moe-router-fusion, which Transformer Engine gets by default",

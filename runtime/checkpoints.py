@@ -237,6 +237,8 @@ def _chunk_offsets(entry: Any) -> list[tuple[int, ...]]:
         AttributeError, ValueError: its record lacks something, or a chunk isn't within the tensor.
     """
     size = tuple(entry.size)
+    if entry.properties is None:  # the dtype, among others; readers need it
+        raise ValueError("a tensor without properties")
     for chunk in entry.chunks:
         ends = [start + length for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
         if any(end > whole for end, whole in zip(ends, size, strict=True)) or min(chunk.offsets, default=0) < 0:

@@ -18,8 +18,7 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))} # ranks; without a GPU 
 NNODES=${SLURM_JOB_NUM_NODES:-${NNODES:-1}} NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 TP=${TP:-1} EP=${EP:-1} PP=${PP:-1} CP=${CP:-1}
 counts GPUS_PER_NODE NNODES TP EP PP CP
-indices NODE_RANK
-switches DRY_RUN
+indices NODE_RANK && switches DRY_RUN
 case $LAUNCHER in
     torchrun)
         world=$((GPUS_PER_NODE * NNODES))
@@ -35,8 +34,7 @@ case $LAUNCHER in
         fi ;;
     python) # one process per rank, started by you or by srun
         RANK=${RANK:-${SLURM_PROCID:-0}} world=${WORLD_SIZE:-${SLURM_NTASKS:-1}}
-        indices RANK
-        counts world
+        indices RANK && counts world
         launch=(python) # alone, it needs neither address nor port
         ((world == 1)) || launch=("RANK=$RANK" "WORLD_SIZE=$world" "LOCAL_RANK=${LOCAL_RANK:-${SLURM_LOCALID:-0}}"
             "MASTER_ADDR=${MASTER_ADDR:-localhost}" "MASTER_PORT=${MASTER_PORT:-6000}" python) ;;

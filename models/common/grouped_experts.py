@@ -283,8 +283,8 @@ def check_kernels() -> None:
         raise RuntimeError(
             f"grouped products are computed wrongly on this {torch.cuda.get_device_name(device)} with torch "
             f"{torch.__version__}: relative to torch in float64 (bfloat16 explains {CHECK_TOLERANCE}) "
-            f"{', '.join(f'{name} is off by {error:.1e}' for name, error in wrong.items())}; leave out "
-            "--moe-grouped-gemm"
+            f"{', '.join(f'{name} is off by {error:.1e}' for name, error in wrong.items())}; give "
+            "--no-moe-grouped-gemm"
         )
 
 
