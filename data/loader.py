@@ -75,35 +75,7 @@ def _build_readers(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = _ranks(device)
     with_vision = mpu.is_pipeline_first_stage(ignore_virtual=True) and not args.language_model_only
-    pad_token_id = processor.tokenizer.pad_token_id if processor else 0
-    collate_packs = partial(
-        collate,
-        model_inputs=model_inputs,
-        alignment=document_alignment(
-            cp_size=args.context_parallel_size,
-            tp_size=args.tensor_model_parallel_size,
-            sequence_parallel=args.sequence_parallel,
-        ),
-        packed=args.use_packed_sequence,
-        seq_len=args.seq_length,
-        dtype=args.params_dtype,
-        pad_token_id=pad_token_id,
-        context_ranks=args.context_parallel_size,
-        vision_ranks=1 if args.redundant_vision or args.language_model_only else args.context_parallel_size,
-        with_vision=with_vision,
-    )
-
-    if args.cuda_graphs:
-        # Rows hold at most this many documents and frames in practice; a batch with more runs without a graph.
-        most = STATIC_DOCUMENTS * args.micro_batch_size
-        shapes = StaticShapes(
-            tokens=args.seq_length * args.micro_batch_size,
-            documents=most,
-            patches=(args.max_patches_per_pack or 0) * args.micro_batch_size,
-            frames=most,
-        )
-        collate_packs = partial(_static, collate_packs, shapes, model_inputs, pad_token_id)
-
+    collate_packs = _collator(args, model_inputs, processor, with_vision=with_vision)
     build = partial(find_provider(args.dataset_provider).build, args)
 
     def split(name: Split, micro_batch_size: int, global_batch_size: int, tag: int) -> BatchReader | None:
@@ -156,6 +128,40 @@ def _build_readers(
         readers = {"train": train, "validation": valid, "test": test}
         _check_shared_memory({name: r for name, r in readers.items() if r is not None}, args, model_inputs, with_vision)
     return train, valid, test
+
+
+def _collator(
+    args: Namespace, model_inputs: ModelInputs, processor: ProcessorMixin | None, *, with_vision: bool
+) -> CollatePacks:
+    """How the loader's workers make a micro-batch of its packs."""
+    pad_token_id = processor.tokenizer.pad_token_id if processor else 0
+    collate_packs: CollatePacks = partial(
+        collate,
+        model_inputs=model_inputs,
+        alignment=document_alignment(
+            cp_size=args.context_parallel_size,
+            tp_size=args.tensor_model_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+        ),
+        packed=args.use_packed_sequence,
+        seq_len=args.seq_length,
+        dtype=args.params_dtype,
+        pad_token_id=pad_token_id,
+        context_ranks=args.context_parallel_size,
+        vision_ranks=1 if args.redundant_vision or args.language_model_only else args.context_parallel_size,
+        with_vision=with_vision,
+    )
+    if not args.cuda_graphs:
+        return collate_packs
+    # Rows hold at most this many documents and frames in practice; a batch with more runs without a graph.
+    most = STATIC_DOCUMENTS * args.micro_batch_size
+    shapes = StaticShapes(
+        tokens=args.seq_length * args.micro_batch_size,
+        documents=most,
+        patches=(args.max_patches_per_pack or 0) * args.micro_batch_size,
+        frames=most,
+    )
+    return partial(_static, collate_packs, shapes, model_inputs, pad_token_id)
 
 
 def _static(
