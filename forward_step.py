@@ -22,8 +22,9 @@ from data.batch import Batch, BatchStats, partition_batch, tensors_of, with_tens
 from data.step_record import MicroBatch, StepRecord
 from data.throughput import Throughput
 from models.common.packed import PackedDocuments
-from runtime import empty_steps
+from runtime import empty_steps, first_step
 from runtime.cuda_graphs import GraphedFunction
+from runtime.peak_flops import peak_tflops
 
 _MEAN = "mean_trained_tokens"  # beside a batch's tensors, in what a graph reads
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -58,6 +59,7 @@ class ForwardStep:
         batch = next(data_iterator)
         entry = None
         if model.training:
+            first_step.announce()
             entry = self._record.add(get_args().curr_iteration + 1, batch)
             empty_steps.TOKENS.add(batch.stats.trained_tokens)
         batch = partition_batch(batch, mpu.get_context_parallel_group())
@@ -85,12 +87,16 @@ class ForwardStep:
     def _rates(self, stats: BatchStats, *, training: bool) -> dict[str, tuple[float, float]]:
         if self._throughput is None:
             context_ranks = mpu.get_context_parallel_world_size()
+            args = get_args()
+            # In float32 another peak would count.
+            half = args.bf16 or args.fp16
             self._throughput = Throughput(
                 model_ranks=context_ranks
                 * mpu.get_tensor_model_parallel_world_size()
                 * mpu.get_pipeline_model_parallel_world_size(),
                 context_ranks=context_ranks,
                 data_ranks=mpu.get_data_parallel_world_size(),
+                peak_tflops=peak_tflops(torch.cuda.get_device_name()) if half else None,
             )
         if training:
             return self._throughput.lap(stats)

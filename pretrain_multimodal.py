@@ -40,12 +40,14 @@ def model_provider(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import core_transformer_config_from_args
 
+    from runtime import first_step
     from runtime.meta import build_on_meta
 
     language_config = config or core_transformer_config_from_args(args)
     # Pipeline stages tell each other how long a packed row is; Megatron has no flag for it.
     language_config.variable_seq_lengths = args.use_packed_sequence and args.pipeline_model_parallel_size > 1
     # Here, since the rank's device is set by now.
+    first_step.announce_check(args.transformer_impl)
     spec.check_kernels(args, architecture)
     build = partial(
         spec.build_model,
@@ -100,16 +102,18 @@ def main(argv: list[str] | None = None) -> None:
     from data.loader import dataset_provider
     from data.processor import generation_settings
     from forward_step import ForwardStep
-    from runtime import checkpoints, output_folder, preemption
+    from runtime import checkpoints, output_folder, preemption, time_split
     from runtime.learning_rates import LearningRates
     from runtime.model_builder import ProvidedModelConfig
     from runtime.not_finite import no_silent_end
     from runtime.outputs import draw_losses, write_arguments
+    from runtime.profile_ranges import ProfileRanges
     from weights.adapter_job import load_adapter, record_base, save_adapter
     from weights.job import HfExporter, load_hf
     from weights.origin import HfOrigin, RunInputs, RunProcessor, write_hf_folder
 
     preemption.install(args)
+    time_split.install(args)
     if args.rank == 0:
         output_folder.begin(args)
     processor = find_provider(args.dataset_provider).processor(args, config.to_hf())
@@ -135,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
             partial(record_base, args, spec, config, source),
             exporter.attach,
             LearningRates(args, spec, config).attach,
+            ProfileRanges(args).attach,
         ],
     )
 

@@ -35,7 +35,8 @@ EMPTIED_LENGTH = 8
 class BatchStats:
     """What the log needs to know of a micro-batch: numbers of the host, over all ranks that share it.
 
-    tokens and padding_tokens add up to the tokens that the model processes; flops are forward and backward.
+    tokens and padding_tokens add up to the tokens that the model processes; flops are forward and backward of the
+    tokens, without the padding.
     mean_trained_tokens is trained_tokens averaged over the step's micro-batches and data ranks: what the MoE routers'
     auxiliary losses weigh against. busiest_patches and mean_patches are of the patches that the vision encoder runs on
     in each context-parallel rank. samples are names, for messages.
@@ -188,7 +189,7 @@ def collate(
             patches=sum(images.patches),
             busiest_patches=max(images.encoded_patches),
             mean_patches=sum(images.encoded_patches) / vision_ranks,
-            flops=model_inputs.flops(BatchShape(tuple(padded), grid_thw, trained)),
+            flops=model_inputs.flops(BatchShape(tuple(lengths), grid_thw, trained)),
             samples=[sample.id for sample in samples],
         ),
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class BatchShape:
     """What a micro-batch's FLOPs depend on.
 
-    document_lengths: padded length of each document (THD) or row (BSHD), in tokens.
+    document_lengths: length of each document in tokens, without padding.
     grid_thw: [I, 3] int64, patches per image in time, height and width.
     trained: how many tokens' next token is trained, and how many's further ones (`ModelInputs.further_tokens`): the
         output layer runs on these alone. Empty: on all tokens.

@@ -1,4 +1,4 @@
-"""Command-line flags of checkpoints and of faults."""
+"""Command-line flags of checkpoints, of the log and of faults."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """Add the flags of checkpoints and of faults."""
+    """Add the flags of checkpoints, of the log and of faults."""
     group = parser.add_argument_group("checkpoints")
     group.add_argument(
         "--keep-last",
@@ -19,6 +19,13 @@ def add_flags(parser: ArgumentParser) -> None:
         "--overwrite-checkpoints",
         action="store_true",
         help="Delete an older run's checkpoints in --save when this run starts; without it, they are a refusal",
+    )
+    parser.add_argument_group("log").add_argument(
+        "--log-time-split",
+        type=int,
+        default=100,
+        metavar="N",
+        help="Every N iterations, say where the step's time went; 0: never",
     )
     parser.add_argument_group("faults").add_argument(
         "--dump-bad-batch",

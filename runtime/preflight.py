@@ -404,6 +404,8 @@ def _checkpoint(args: Namespace, start: checkpoints.Start) -> list[str]:
         problems.append(f"--keep-last {args.keep_last}: has to be at least 1 (KEEP_LAST)")
     if args.keep_last is not None and args.save_retain_interval is not None:
         problems.append("--keep-last with --save-retain-interval: both delete checkpoints; give one")
+    if args.log_time_split < 0:
+        problems.append(f"--log-time-split {args.log_time_split}: give every how many iterations, or 0 for never")
     return problems
 
 

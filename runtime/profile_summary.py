@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,11 +43,15 @@ def class_of(kernel: str) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel or copy of a device; nanoseconds."""
+    """One kernel or copy of a device, or an operator of the host; nanoseconds.
+
+    own: the part of the duration in which nothing that it called ran; None: all of it.
+    """
 
     name: str
     start: int
     duration: int
+    own: int | None = None
 
 
 @dataclass
@@ -77,7 +81,8 @@ class KernelSummary:
             busy += max(0, stop - max(kernel.start, end))
             end = max(end, stop)
             spent, count = by_name[kernel.name]
-            by_name[kernel.name] = (spent + kernel.duration * 1e-9, count + 1)
+            own = kernel.duration if kernel.own is None else kernel.own
+            by_name[kernel.name] = (spent + own * 1e-9, count + 1)
         summary = cls(busy_seconds=busy * 1e-9, launches=len(ordered))
         seconds: dict[str, float] = defaultdict(float)
         counts: dict[str, int] = defaultdict(int)
@@ -100,6 +105,21 @@ class KernelSummary:
         return found
 
 
+def with_own_times(operators: Iterable[Kernel]) -> list[Kernel]:
+    """Operators of one thread of the host, where one calls others: each with the time that it spent itself."""
+    # An operator comes before those that it calls, which begin no earlier and end no later.
+    ordered = sorted(operators, key=lambda operator: (operator.start, -operator.duration))
+    own = [operator.duration for operator in ordered]
+    calling: list[int] = []
+    for index, operator in enumerate(ordered):
+        while calling and ordered[calling[-1]].start + ordered[calling[-1]].duration <= operator.start:
+            calling.pop()
+        if calling:
+            own[calling[-1]] -= operator.duration
+        calling.append(index)
+    return [replace(operator, own=spent) for operator, spent in zip(ordered, own, strict=True)]
+
+
 @contextmanager
 def profiled(summary: KernelSummary) -> Iterator[None]:
     """Profile the block and write what ran into `summary`; on a machine without CUDA, torch's operators on the host."""
@@ -112,7 +132,11 @@ def profiled(summary: KernelSummary) -> Iterator[None]:
     # The events themselves: torch's own tables take minutes for tens of thousands of them.
     events = profiler.profiler.kineto_results.events()
     wanted = torch.profiler.DeviceType.CUDA if cuda else torch.profiler.DeviceType.CPU
-    kernels = [Kernel(e.name(), e.start_ns(), e.duration_ns()) for e in events if e.device_type() == wanted]
+    by_thread: dict[int, list[Kernel]] = defaultdict(list)
+    for e in events:
+        if e.device_type() == wanted:
+            by_thread[0 if cuda else e.start_thread_id()].append(Kernel(e.name(), e.start_ns(), e.duration_ns()))
+    kernels = by_thread[0] if cuda else [each for thread in by_thread.values() for each in with_own_times(thread)]
     vars(summary).update(vars(KernelSummary.of(kernels)))
 
 

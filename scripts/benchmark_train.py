@@ -41,8 +41,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("ours", "ours_even", "transformers", "transformers_wide", "transformers_liger")
-# Dense bf16 by the vendor's datasheet; MFU is relative to it.
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "flash-linear-attention", "triton")
 WARM_UP = 4
 LEARNING_RATE = 1e-5
@@ -178,11 +176,14 @@ def measure_ours(options: Namespace, measurement: Measurement) -> None:
     from forward_step import ForwardStep
     from models.adapters import trained_of_args
     from pretrain_multimodal import model_provider
+    from runtime import time_split
     from runtime.model_builder import ProvidedModelConfig
+    from runtime.profile_ranges import name_of_module
     from runtime.profile_summary import HostTimes
     from weights.adapter_job import load_adapter
 
     spec, config = command_line.spec, command_line.config
+    time_split.install(args)
     clock = Clock(options, measurement)
 
     class CountingForwardStep(ForwardStep):
@@ -196,7 +197,7 @@ def measure_ours(options: Namespace, measurement: Measurement) -> None:
 
     def timed(forward_step: Any, data: Any, model: list[Any], *rest: Any, **more: Any) -> Any:
         if options.profile and clock.host is None:
-            clock.host = HostTimes(model[0], _our_module)
+            clock.host = HostTimes(model[0], name_of_module)
         outcome = clock.run(lambda: train_step(forward_step, data, model, *rest, **more))
         measurement.losses.append(float(outcome[0]["lm loss"]))
         return outcome
@@ -214,16 +215,6 @@ def measure_ours(options: Namespace, measurement: Measurement) -> None:
         store=torch.distributed.HashStore(),
     )
     torch.distributed.destroy_process_group()
-
-
-def _our_module(path: str, module: Any) -> str | None:
-    kinds = {"vision_model": "ViT", "output_layer": "output layer and loss", "embedding": "embedding"}
-    parts = path.split(".")
-    if parts[-1] in kinds:
-        return kinds[parts[-1]]
-    if "language_model" in parts and parts[-1] in ("self_attention", "mlp"):
-        return type(module).__name__
-    return "the model" if path == "" else None
 
 
 def measure_transformers(options: Namespace, measurement: Measurement) -> None:
@@ -377,7 +368,9 @@ def environment(options: Namespace) -> dict[str, Any]:
 
 def table(results: list[Measurement], device: str) -> list[str]:
     """A markdown table; ratios are relative to the fastest kind of each side, "ours" over it."""
-    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
+    from runtime.peak_flops import peak_tflops
+
+    peak = peak_tflops(device)
     ours = next((m.step for m in results if m.side == "ours" and m.seconds), None)
     lines = [
         "| side | step s | min to max | tokens/s | TFLOP/s | MFU | peak GB | device busy | kernels | ours is |",

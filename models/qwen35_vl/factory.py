@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 def _check_kernels(args: Namespace, config: Qwen35VLConfig) -> None:
     import torch
 
-    from models.backends.te_attention import AttentionSizes, check_fused_attention
     from models.common import grouped_experts, linear_cross_entropy
     from models.common.gdn_kernels import GDNSizes, check_fla_gradients
 
@@ -51,17 +50,32 @@ def _check_kernels(args: Namespace, config: Qwen35VLConfig) -> None:
             channels=(2 * keys + values) // ranks,
         )
     )
-    # No fused attention computes in float32.
-    if (args.bf16 or args.fp16) and args.attention_backend.name in ("auto", "fused") and not args.allow_slow_kernels:
-        check_fused_attention(
-            AttentionSizes(
-                heads=config.num_attention_heads // args.tensor_model_parallel_size,
-                kv_heads=max(1, config.num_query_groups // args.tensor_model_parallel_size),
-                head_dim=config.kv_channels,
-                dtype=torch.bfloat16 if args.bf16 else torch.float16,
-                packed=args.use_packed_sequence,
-            )
-        )
+    if args.bf16 or args.fp16:  # no fused attention computes in float32
+        _check_attention(args, config)
+
+
+def _check_attention(args: Namespace, config: Qwen35VLConfig) -> None:
+    import torch
+
+    from models.backends.te_attention import AttentionSizes, check_attention, check_fused_attention
+
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    tp_ranks, backend = args.tensor_model_parallel_size, args.attention_backend.name
+    decoder = AttentionSizes(
+        heads=config.num_attention_heads // tp_ranks,
+        kv_heads=max(1, config.num_query_groups // tp_ranks),
+        head_dim=config.kv_channels,
+        dtype=dtype,
+        packed=args.use_packed_sequence,
+    )
+    if backend in ("auto", "fused") and not args.allow_slow_kernels:
+        check_fused_attention(decoder)
+    check_attention("decoder", decoder, backend)
+    if not config.language_model_only:
+        heads = config.vision.num_attention_heads // tp_ranks
+        head_dim = config.vision.hidden_size // config.vision.num_attention_heads
+        vision = AttentionSizes(heads, heads, head_dim, dtype, packed=True, causal=False)
+        check_attention("ViT", vision, backend)
 
 
 def _build_model(*args: Any, **kwargs: Any) -> MultimodalModel:
