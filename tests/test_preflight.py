@@ -29,6 +29,7 @@ SP = "--sequence-parallel"
 # flags, ranks, what the message has to say
 REFUSED = {
     "EP on a dense variant": (f"{TINY} {EP} 2", 2, [f"{EP} 2", "dense", "use 1"]),
+    "split of the time": (f"{TINY} --log-time-split -1", 1, ["--log-time-split -1", "0 for never"]),
     "EP on a variant made dense": (f"{MOE} --num-experts 0 {EP} 2", 2, [f"{EP} 2", "dense"]),
     "experts over EP": (f"{MOE} --num-experts 6 {EP} 4", 4, [f"{EP} 4", "6 experts", "[1, 2, 3, 6]"]),
     "EP over the ranks": (f"{MOE} {EP} 4", 2, [f"{EP} 4", "2 ranks"]),

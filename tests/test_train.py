@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
@@ -20,7 +21,9 @@ FLAGS = [
     *("--use-packed-sequence", "--seq-length", "128", "--micro-batch-size", "2", "--global-batch-size", "4"),
     *("--bf16", "--lr", "1e-3", "--train-iters", "4", "--use-distributed-optimizer", "--num-workers", "0"),
     *("--eval-interval", "4", "--eval-iters", "1", "--log-interval", "1", "--save-interval", "2"),
+    *("--log-time-split", "2"),
 ]
+PROFILE = ("--profile", "--use-pytorch-profiler", "--profile-step-start", "2", "--profile-step-end", "3")
 
 
 def train(folder: Path, *flags: str) -> str:
@@ -41,7 +44,7 @@ def figures(log: str, iteration: int) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("train")
-    return folder, train(folder)
+    return folder, train(folder, *PROFILE)
 
 
 def test_progress_line_and_losses(run: tuple[Path, str]) -> None:
@@ -65,6 +68,26 @@ def test_what_a_run_leaves(run: tuple[Path, str]) -> None:
     config = json.loads((checkpoints / "hf/config.json").read_text())
     assert config["model_type"] == "qwen3_5_moe" and config["text_config"]["num_experts"] == 4
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_the_time_goes(run: tuple[Path, str]) -> None:
+    """A line and TensorBoard's scalars every second iteration, whose parts add up to the step; names in a trace."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, log = run
+    lines = re.findall(r"> iteration (\d+): the step's ([\d.]+) ms: (.*); host waiting [\d.]+$", log, re.MULTILINE)
+    assert [int(iteration) for iteration, _, _ in lines] == [2, 4]
+    parts = ["data wait", "ViT", "decoder", "loss", "optimizer", "communication", "other"]
+    for _, whole, listed in lines:
+        spent = {name: float(value) for name, value in re.findall(r"([\w ]+?) ([\d.]+)(?:, |$)", listed)}
+        assert list(spent) == parts and min(spent["ViT"], spent["decoder"], spent["optimizer"]) > 0
+        assert sum(spent.values()) == pytest.approx(float(whole), abs=0.5)  # of rounding
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for name in (*parts, "host waiting"):
+        assert [event.step for event in events.Scalars(f"time split/{name}")] == [2, 4]
+    with gzip.open(folder / "torch_profile/rank-0.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"ViT", "PackedGatedDeltaNet", "output layer and loss"} <= names
 
 
 def test_wide_parameters_are_float32_in_the_checkpoint(run: tuple[Path, str]) -> None:
@@ -96,5 +119,6 @@ def test_pipeline_stages_agree_on_packed_lengths(packed: bool, stages: int, expe
     )
     args = Namespace(use_packed_sequence=packed, pipeline_model_parallel_size=stages, init_model_with_meta_device=False)
     args.freeze = args.lora_rank = None
+    args.transformer_impl = "local"
     model = model_provider(spec, None, args, config=Namespace(), pg_collection="groups")
     assert model.variable_seq_lengths is expected

@@ -230,7 +230,7 @@ def check_fla_gradients(sizes: GDNSizes) -> None:
             f"flash-linear-attention {fla.__version__} with Triton {triton.__version__} computes GatedDeltaNet wrongly "
             f"on this {torch.cuda.get_device_name(device)}: relative to the torch reference (bfloat16 explains "
             f"{FLA_TOLERANCE}) {', '.join(f'{name} is off by {error:.1e}' for name, error in wrong.items())}. "
-            "Install tilelang, or a Triton outside [3.4, 3.7.1); --deterministic-mode and --transformer-impl local run torch's"
+            "Install tilelang, or a Triton outside [3.4, 3.7.1); --deterministic-mode runs torch's kernels instead"
         )
 
 

@@ -78,7 +78,7 @@ def test_thd_documents_are_padded_to_the_alignment() -> None:
     assert batch.position_ids[0].tolist() == [[0, 1, 2, 3, 0, 0, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0]]
     assert batch.max_seqlen == 8
     assert (batch.stats.tokens, batch.stats.padding_tokens) == (10, 6)
-    assert batch.stats.flops == 16 + 16 + 64 + 16
+    assert batch.stats.flops == 16 + 1 + 25 + 16  # padding apart
 
 
 def test_bshd_rows() -> None:
@@ -98,7 +98,7 @@ def test_bshd_rows() -> None:
     ]
     assert batch.cu_seqlens is None
     assert batch.max_seqlen == 6
-    assert (batch.stats.tokens, batch.stats.padding_tokens, batch.stats.flops) == (9, 3, 36 + 36 + 16)
+    assert (batch.stats.tokens, batch.stats.padding_tokens, batch.stats.flops) == (9, 3, 16 + 25 + 16)
 
 
 def test_dtypes() -> None:

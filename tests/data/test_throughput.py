@@ -37,3 +37,12 @@ def test_a_micro_batchs_rates_come_with_the_next_ones_report() -> None:
     clock.pause()
     tokens, seconds = clock.lap(STATS)["tokens/s"]
     assert tokens == 15 and seconds > 0
+
+
+def test_mfu_is_of_the_devices_peak() -> None:
+    clock = Throughput(model_ranks=4, context_ranks=2, data_ranks=2, peak_tflops=500.0)
+    assert clock.lap(STATS)["MFU"] == (0.0, 1.0)
+    report = clock.lap(STATS)
+    (tflop, seconds), (same, at_peak) = report["TFLOP/s/GPU"], report["MFU"]
+    assert tflop == same == 0.25 and at_peak == 500 * seconds
+    assert "MFU" not in Throughput(model_ranks=1, context_ranks=1, data_ranks=1).lap(STATS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor
 
 from models.backends import te_attention
-from models.backends.te_attention import AttentionSizes, check_fused_attention
+from models.backends.te_attention import (
+    CHECK_TOLERANCE,
+    AttentionSizes,
+    attention_errors,
+    check_attention,
+    check_fused_attention,
+    torch_attention,
+)
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -75,3 +83,68 @@ def test_two_cudnns_are_told_apart(tmp_path: Path) -> None:
     maps.write_text("".join(map(line.format, [*files, "/usr/lib/libcudnn_graph.so.9.14.0"])))
     advice = te_attention._cudnn_advice(maps)
     assert "/usr/lib and /venv/cudnn/lib" in advice and "LD_LIBRARY_PATH" in advice
+
+
+VISION = AttentionSizes(4, 4, 72, torch.bfloat16, packed=True, causal=False)
+DECODER = AttentionSizes(4, 2, 64, torch.bfloat16, packed=True)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("sizes", [VISION, DECODER, AttentionSizes(4, 2, 64, torch.bfloat16, packed=False)])
+def test_torchs_bfloat16_passes_the_comparison(sizes: AttentionSizes) -> None:
+    assert max(attention_errors(torch_attention(sizes), sizes, CPU).values()) < CHECK_TOLERANCE
+
+
+def looks_across_documents(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    return torch_attention(VISION)(query, key, value, [sum(lengths)])
+
+
+def sees_the_future(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    return torch_attention(AttentionSizes(4, 2, 64, torch.bfloat16, packed=True, causal=False))(
+        query, key, value, lengths
+    )
+
+
+def has_a_wrong_gradient_of_keys(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    return torch_attention(VISION)(query, 2 * key - key.detach(), value, lengths)
+
+
+EVERYTHING = {"output", "gradient of queries", "gradient of keys", "gradient of values"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "attention", "wrong"),
+    [
+        (VISION, looks_across_documents, EVERYTHING),
+        (DECODER, sees_the_future, EVERYTHING),
+        (VISION, has_a_wrong_gradient_of_keys, {"gradient of keys"}),
+    ],
+)
+def test_the_comparison_names_what_is_wrong(
+    sizes: AttentionSizes, attention: Callable[..., Tensor], wrong: set[str]
+) -> None:
+    errors = attention_errors(attention, sizes, CPU)
+    assert {name for name, error in errors.items() if not error < CHECK_TOLERANCE} == wrong
+
+
+@pytest.mark.parametrize(("backend", "others"), [("auto", "flash, fused, unfused"), ("flash", "fused, unfused")])
+def test_wrong_attention_is_refused_by_name(
+    seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, backend: str, others: str
+) -> None:
+    chosen = []
+
+    def errors(*_: Any) -> dict[str, float]:
+        chosen.append(os.environ.get("NVTE_FUSED_ATTN"))
+        return {"output": 0.001, "gradient of keys": 0.5, "gradient of values": float("nan")}
+
+    monkeypatch.setattr(te_attention, "attention_errors", errors)
+    message = (
+        rf"the ViT's attention \(4 heads of 72, 4 KV heads, torch.bfloat16\) wrongly on this .*0\.03\) gradient of "
+        rf"keys is off by 5\.0e-01, gradient of values is off by nan\. Try another --attention-backend \({others}\)"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        check_attention("ViT", VISION, backend)
+    assert chosen == ["0" if backend == "flash" else None] and "NVTE_FUSED_ATTN" not in os.environ
+    assert seen["attn_mask_type"] == "padding" and seen["qkv_format"] == "thd"
+    check_attention("ViT", VISION, "local")
+    assert len(chosen) == 1

@@ -51,9 +51,11 @@ def count_collectives() -> Counter[tuple[str, str]]:
 
 
 def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
-    """One step under both counts."""
+    """One step under both counts, and split into its parts."""
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+    from megatron.core.utils import get_model_config
+    from megatron.training import get_timers, global_vars
     from megatron.training.training import get_model
 
     import arguments
@@ -61,6 +63,7 @@ def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
     from forward_step import ForwardStep
     from pretrain_multimodal import model_provider
     from runtime.model_builder import unwrapped
+    from runtime.time_split import MarkedTimers, TimeSplit
 
     command_line = arguments.preflight_or_exit([*FLAGS, *flags, "--context-parallel-size", str(ranks)])
     args = arguments.parse(command_line)
@@ -69,8 +72,12 @@ def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
     train, _, _ = dataset_provider(args, spec.model_inputs(config), None)([None, None, None])
     (model,) = get_model(partial(model_provider, spec, config, args), ModelType.encoder_or_decoder)
     next(train)  # starts the worker
+    reported: list[tuple[int, dict[str, float]]] = []
+    split = TimeSplit(lambda *what: reported.append(what))
+    global_vars._GLOBAL_TIMERS = MarkedTimers(get_timers(), split)  # in a process of its own
+    get_model_config(model).timers = get_timers()
     collectives = count_collectives()
-    with counted_on_cpu() as syncs:
+    with counted_on_cpu() as syncs, split.step(1, [model]):
         forward_backward_no_pipelining(
             forward_step_func=ForwardStep(),
             data_iterator=train,
@@ -88,6 +95,10 @@ def step(folder: Path, ranks: int, flags: tuple[str, ...]) -> None:
     from_header = [key for key in syncs if key[0].startswith("data/reader.py") and key[1] == "numpy"]
     assert sum(syncs.pop(key) for key in from_header) == (MICRO_BATCHES if ranks > 1 else 0)
     assert not syncs, syncs
+    split.report_finished()
+    ((_, spent),) = reported
+    assert set(spent) >= {"data wait", "ViT", "decoder", "loss", "other"} and "optimizer" not in spent
+    assert min(spent[name] for name in ("data wait", "ViT", "decoder", "loss")) > 0
 
 
 RECOMPUTE = ("--recompute-vision", *("--recompute-granularity", "full", "--recompute-method", "uniform"))
