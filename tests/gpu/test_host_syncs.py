@@ -1,4 +1,4 @@
-"""On a GPU: none of our own lines makes the host wait for the device, in forward and backward.
+"""On a GPU: none of our own lines makes the host wait for the device, in forward and backward, the split of the time included.
 
 What megatron-core, Transformer Engine and flash-linear-attention do is printed.
 tests/runtime/test_collectives_and_syncs.py counts on the CPU.
@@ -34,6 +34,7 @@ def test_the_host_waits_for_nothing(variant: str, impl: str, tmp_path: Path) -> 
     from data.batch import collate, flatten, partition_batch, unflatten
     from forward_step import masked_loss, model_inputs
     from models.qwen35_vl.inputs import Qwen35VLInputs
+    from runtime.time_split import TimeSplit
 
     architecture = VARIANTS[variant].replace(**_HEADS, vocab_size=1024)
     flags = ("--transformer-impl", impl, "--allow-slow-kernels", "--bf16")
@@ -61,8 +62,14 @@ def test_the_host_waits_for_nothing(variant: str, impl: str, tmp_path: Path) -> 
         return loss
 
     step()  # compiles and tunes kernels, which waits
-    with counted_on_gpu() as counts:
+    reported: list[tuple[int, dict[str, float]]] = []
+    split = TimeSplit(lambda *what: reported.append(what))
+    with counted_on_gpu() as counts, split.step(1, [model]):
         loss = step()
+    torch.cuda.synchronize()
+    split.report_finished()
+    print(f"{variant} with {impl}: {reported}")
+    assert min(reported[0][1][part] for part in ("ViT", "decoder", "loss")) > 0
     others = counts.pop("", 0)
     print(f"{variant} with {impl}: the host waits {others} times in others' code, in ours: {dict(counts)}")
     assert not counts, counts
