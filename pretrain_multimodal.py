@@ -47,7 +47,7 @@ def model_provider(
     # Pipeline stages tell each other how long a packed row is; Megatron has no flag for it.
     language_config.variable_seq_lengths = args.use_packed_sequence and args.pipeline_model_parallel_size > 1
     # Here, since the rank's device is set by now.
-    first_step.announce_check(args.transformer_impl)
+    first_step.announce_check(args.transformer_impl != "local" and not args.deterministic_mode)
     spec.check_kernels(args, architecture)
     build = partial(
         spec.build_model,

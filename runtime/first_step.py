@@ -17,14 +17,19 @@ def announce() -> None:
 
 
 @functools.cache
-def announce_check(transformer_impl: str) -> None:
-    """The kernels are about to be compared with torch; see `models.spec.ModelSpec.check_kernels`."""
-    kernels = "the loss's"
-    if transformer_impl != "local":
-        kernels += ", flash-linear-attention's and Transformer Engine's attention"
+def announce_check(layers: bool) -> None:
+    """The kernels are about to be compared with torch; see `models.spec.ModelSpec.check_kernels`.
+
+    Args:
+        layers: those of the layers too, flash-linear-attention's and Transformer Engine's.
+    """
+    if not layers:
+        _say("comparing the loss's kernels with torch, a few seconds where they have to be compiled")
+        return
     _say(
-        f"comparing kernels with torch: {kernels}. They are compiled for this model's sizes the first time on a "
-        "machine, in about two minutes, and loaded within seconds from then on"
+        "comparing kernels with torch: the loss's, flash-linear-attention's, Transformer Engine's attention. They are "
+        "compiled for this model's sizes the first time on a machine, in about two minutes, and loaded within seconds "
+        "from then on"
     )
 
 

@@ -1,4 +1,4 @@
-"""On a GPU: none of our own lines makes the host wait for the device, in forward and backward, the split of the time included.
+"""On a GPU: none of our own lines makes the host wait for the device, in forward and backward. The time is split meanwhile.
 
 What megatron-core, Transformer Engine and flash-linear-attention do is printed.
 tests/runtime/test_collectives_and_syncs.py counts on the CPU.
