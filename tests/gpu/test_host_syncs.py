@@ -1,4 +1,4 @@
-"""On a GPU: none of our own lines makes the host wait for the device, in forward and backward. The time is split meanwhile.
+"""On a GPU: none of our own lines makes the host wait for the device, forward and backward, while the time is split.
 
 What megatron-core, Transformer Engine and flash-linear-attention do is printed.
 tests/runtime/test_collectives_and_syncs.py counts on the CPU.

@@ -20,11 +20,11 @@ def test_kernels_that_overlap_are_busy_once() -> None:
 
 def test_an_operators_time_is_without_those_that_it_calls() -> None:
     operators = [Kernel("aten::linear", 0, 100), Kernel("aten::mm", 10, 60), Kernel("aten::copy_", 20, 5)]
-    operators += [Kernel("aten::add_", 80, 20), Kernel("aten::linear", 100, 30), Kernel("aten::mm", 100, 30)]
+    operators += [Kernel("aten::add_", 80, 20), Kernel("aten::linear", 100, 30), Kernel("aten::mm", 100, 28)]
     own = [(operator.name, operator.own) for operator in with_own_times(reversed(operators))]
     assert own == [
         *(("aten::linear", 20), ("aten::mm", 55), ("aten::copy_", 5)),
-        *(("aten::add_", 20), ("aten::linear", 0), ("aten::mm", 30)),
+        *(("aten::add_", 20), ("aten::linear", 2), ("aten::mm", 28)),
     ]
     summary = KernelSummary.of(with_own_times(operators))
     assert sum(summary.seconds.values()) == pytest.approx(summary.busy_seconds) == pytest.approx(130e-9)
@@ -38,8 +38,8 @@ def test_a_profile_on_the_cpu_counts_nothing_twice() -> None:
     with profiled(summary):
         layer(x).sum().backward()
     assert {"aten::linear", "aten::addmm"} <= set(summary.longest)
-    # Of two threads at most at a time, the clock's resolution apart.
-    assert 0 < sum(summary.seconds.values()) < 2 * summary.busy_seconds
+    # On the CPU backward runs in the calling thread. A percent for calls that end a tick after their caller.
+    assert sum(summary.seconds.values()) == pytest.approx(summary.busy_seconds, rel=0.01)
 
 
 class Mixer(nn.Module):
