@@ -156,9 +156,9 @@ def attention_errors(attention: Attention, sizes: AttentionSizes, device: torch.
     )
     results = []
     for attend, dtype in ((torch_attention(sizes), torch.float64), (attention, sizes.dtype)):
-        leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
-        output = attend(*leaves, lengths)
-        results.append([output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))])
+        query, key, value = (x.to(dtype).detach().requires_grad_() for x in inputs)
+        output = attend(query, key, value, lengths)
+        results.append([output.detach(), *torch.autograd.grad(output, (query, key, value), grad.to(dtype))])
     exact, actual = results
     names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
     return {name: ((a.double() - e).norm() / e.norm()).item() for name, a, e in zip(names, actual, exact, strict=True)}
