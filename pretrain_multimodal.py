@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import arguments
 from models import ModelConfig, ModelSpec
 from models.adapters import adapters_of_args, trained_of_args
-from models.trained import freeze, frozen_names
+from models.trained import freeze, trains_in_front
 from runtime import lifetime, prepare, quiet_libraries
 
 if TYPE_CHECKING:
@@ -69,16 +69,17 @@ def choose_trained(spec: ModelSpec[Any], config: ModelConfig, args: Namespace, m
     if args.freeze is None and args.lora_rank is None:
         return
     weights = spec.table
-    if args.freeze:
-        frozen = frozen_names(weights.mapping(config, ()), weights.groups, args.freeze)
-        freeze(weights.parameters(config, model), frozen)
+    what = trained_of_args(args, spec, config)
+    freeze(weights.parameters(config, model), what.frozen)
     if (adapters := adapters_of_args(args, spec, config)) is not None:
         from models.common.lora import attach
 
-        canonical = (name for name, _ in weights.parameters(config, model))
-        names = [name for name, _ in model.named_parameters()]
-        attach(model, adapters, dict(zip(names, canonical, strict=True)))
+        # By identity: experts in one tensor are several canonical parameters.
+        own = {id(parameter): name for name, parameter in model.named_parameters()}
+        attach(model, adapters, {name: own[id(parameter)] for name, parameter in weights.parameters(config, model)})
         model.adapters_only = True
+    first = min((layer.layer_number - 1 for layer in model.language_model.decoder.layers), default=args.num_layers)
+    model.trains_in_front = trains_in_front(what, weights.mapping(config, ()).sources, first)
 
 
 def main(argv: list[str] | None = None) -> None:

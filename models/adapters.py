@@ -104,9 +104,9 @@ class Adapter:
         return [(f"part{number}", count) for number, count in enumerate(counts)]
 
     @property
-    def macs(self) -> int:
-        """Multiply-adds of A and B for one row of the input."""
-        return prod(self.a.shape) + prod(self.b.shape)
+    def macs(self) -> tuple[int, int]:
+        """Multiply-adds of A and of B for one row of the input."""
+        return prod(self.a.shape), prod(self.b.shape)
 
     def places(self, rank: int, size: int) -> list[tuple[int, int, int]]:
         """Where the rows of a tensor-parallel rank's B lie in its share of the weight.

@@ -6,7 +6,6 @@ V vision features (P / merge_size^2), R rows that each rank's features are padde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from models.common.moe import share_step
-from models.trained import is_adapter, trains
+from models.trained import is_adapter
 
 
 def merge_features(text: Tensor, features: Tensor, vision_index: Tensor) -> Tensor:
@@ -90,11 +89,15 @@ class MultimodalModel(MegatronModule):
         self.vision_model = vision_model
         self.language_model = language_model
         self.pg_collection = pg_collection
-        self._decoder_trains = trains(language_model.decoder)
         # Written by the forward step, read by the MoE routers.
         self.step = share_step(self)
         # LoRA: a checkpoint holds the adapters, and the base comes from its own folder.
         self.adapters_only = False
+        # Megatron-FSDP's checkpoints, and any model's loading, go by these; `torch_dist` by `sharded_state_dict`.
+        self.register_state_dict_post_hook(_leave_out_base)
+        self.register_load_state_dict_post_hook(_miss_no_base)
+        # Whether stages in front of this one train anything that its input depends on.
+        self.trains_in_front = True
         # Read by Megatron's schedules, checkpointing and gradient finalisation through the wrapper.
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
@@ -116,23 +119,14 @@ class MultimodalModel(MegatronModule):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {key: value for key, value in state.items() if not self.adapters_only or is_adapter(key)}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module does; with `adapters_only`, of the adapters alone.
-
-        Raises:
-            RuntimeError: strict, and an adapter is missing, or there is something else.
-        """
-        if not self.adapters_only:
-            return super().load_state_dict(state_dict, strict, assign)
-        found = super().load_state_dict(state_dict, False, assign)
-        missing = [key for key in found.missing_keys if is_adapter(key)]
-        if strict and (missing or found.unexpected_keys):
-            raise RuntimeError(f"the checkpoint lacks {missing[:3]} and has {found.unexpected_keys[:3]} too many")
-        return found
-
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Hand the previous stage's hidden states to the decoder."""
-        self.language_model.set_input_tensor(input_tensor)
+        """Hand the previous stage's hidden states to the decoder, for gradients only where a stage in front trains."""
+        (received,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        if received is not None and not self.trains_in_front and torch.is_grad_enabled():
+            # Megatron's schedules send a gradient back whatever it is for; the stage in front drops it.
+            received.grad = torch.zeros_like(received)
+            received = received.detach()
+        self.language_model.set_input_tensor(received)
 
     def forward(
         self,
@@ -208,6 +202,19 @@ class MultimodalModel(MegatronModule):
             merged = merge_features(merged, features, vision_index)
         if self.config.sequence_parallel:
             merged = scatter_to_sequence_parallel_region(merged, group=self.pg_collection.tp)
-        if self.config.recompute_granularity is not None and not merged.requires_grad and self._decoder_trains():
-            merged.requires_grad_(True)  # recomputation differentiates only through inputs that ask for it
         return merged
+
+
+def _leave_out_base(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """A hook on `state_dict()`: of a LoRA run's model, the adapters alone."""
+    assert isinstance(model, MultimodalModel)
+    if model.adapters_only:
+        for key in [key for key in state if key.startswith(prefix) and not is_adapter(key)]:
+            del state[key]
+
+
+def _miss_no_base(model: nn.Module, found: Any) -> None:
+    """A hook on `load_state_dict()`: what `_leave_out_base` leaves out isn't missed."""
+    assert isinstance(model, MultimodalModel)
+    if model.adapters_only:
+        found.missing_keys[:] = [key for key in found.missing_keys if is_adapter(key)]

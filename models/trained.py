@@ -7,7 +7,7 @@ HuggingFace's tensors. Torch-free to import, for the launcher's preflight.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,12 +22,12 @@ class Trained:
     """What a run trains.
 
     frozen: canonical names of the parameters that it doesn't.
-    adapters: LoRA's multiply-adds beside each weight, for whatever that is multiplied by; nothing but they is trained
-        where there are any.
+    adapters: multiply-adds of LoRA's A and B beside each weight, for whatever that is multiplied by; nothing but they
+        is trained where there are any.
     """
 
     frozen: frozenset[str] = frozenset()
-    adapters: Mapping[str, int] = field(default_factory=dict)
+    adapters: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 EVERYTHING = Trained()
@@ -128,13 +128,23 @@ def is_adapter(name: str) -> bool:
     return ".adapter." in name
 
 
-def trains(module: nn.Module) -> Callable[[], bool]:
-    """Whether any parameter of a module is trained, looked up once, when it is first asked."""
-    known: list[bool] = []
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter of a module is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
-    def answer() -> bool:
-        if not known:
-            known.append(any(parameter.requires_grad for parameter in module.parameters()))
-        return known[0]
 
-    return answer
+# Names of a `MultimodalModel`'s parameters in front of any layer of the decoder, and the decoder's layers.
+_IN_FRONT = re.compile(r"vision_model\.|language_model\.embedding\.")
+_LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
+
+
+def trains_in_front(what: Trained, names: Iterable[str], layer: int) -> bool:
+    """Whether anything is trained that the input of a decoder's layer depends on.
+
+    Args:
+        names: canonical names of all parameters.
+        layer: counted over all pipeline stages; 0 is the first.
+    """
+    trained = what.adapters.keys() if what.adapters else set(names) - what.frozen
+    layers = (int(found[1]) for name in trained if (found := _LAYER.match(name)))
+    return any(number < layer for number in layers) or any(_IN_FRONT.match(name) for name in trained)

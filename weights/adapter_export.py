@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from models.weight_map import CheckpointSlice, TensorSlice, assemble, tensor_sli
 from weights.adapter import AdapterFolder, write_adapter
 from weights.base import BaseRecord, header_hash
 from weights.check import mapping_of, model_of
-from weights.checkpoint import CheckpointError, CheckpointTensors, export_checkpoint, find_checkpoint
+from weights.checkpoint import CheckpointError, CheckpointTensors, export_checkpoint, find_checkpoint, stored_slices
 from weights.folder import FolderError, HfFolder, TensorInfo, new_folder, open_tensors, write_tensors
 from weights.origin import HfOrigin, write_hf_folder
 
@@ -76,22 +77,13 @@ def _read_checkpoint(
     tensors: CheckpointTensors, weights: HfWeights[Any], config: ModelConfig, mapping: AdapterMap
 ) -> dict[str, Tensor]:
     """The adapter's tensors by the table's names."""
-    if any(key.startswith("model.") for key in tensors.metadata):
-        raise CheckpointError(
-            f"{tensors.folder}: adapters in fsdp_dtensor checkpoints aren't exported; resume it with --save-adapter"
-        )
-    stored = weights.checkpoint_slices(config, mapping.weights)
-    parts = {f"{adapter.prefix}lora_B": adapter.b_parts for adapter in mapping.adapters.values()}
+    stored = _stored(tensors, weights, config, mapping)
 
     def slices() -> Iterator[tuple[TensorSlice, Tensor]]:
         for name, source in mapping.weights.sources.items():
-            (place,) = stored[name]
-            rows = []
-            for part, count in parts.get(name, [("", source.shape[source.dim])]):
-                key = f"{place.key}.{part}" if part else place.key
-                own = CheckpointSlice(key, 0, count, place.layer, place.layers)
-                rows.append(tensors.read_slice(source, own))
-            whole = torch.cat(rows, dim=source.dim)
+            whole = torch.empty(source.shape, dtype=tensors.metadata[stored[name][0].key].properties.dtype)
+            for place in stored[name]:
+                whole.narrow(source.dim, place.start, place.count).copy_(tensors.read_slice(source, place))
             for tensor_slice in tensor_slices(source, 0, 1):
                 yield tensor_slice, whole[tensor_slice.index]
 
@@ -99,6 +91,34 @@ def _read_checkpoint(
         return assemble(mapping.weights, slices())
     except KeyError as error:
         raise CheckpointError(f"{tensors.folder}: it lacks {error}") from error
+
+
+def _stored(
+    tensors: CheckpointTensors, weights: HfWeights[Any], config: ModelConfig, mapping: AdapterMap
+) -> Mapping[str, tuple[CheckpointSlice, ...]]:
+    """Where a checkpoint has each lora_A and lora_B.
+
+    Raises:
+        CheckpointError: Megatron-FSDP's, of which can't be told how many tensor-parallel ranks wrote it.
+    """
+    if tensors.is_fsdp:
+        several = [adapter for adapter in mapping.adapters.values() if len(adapter.b_parts) > 1]
+        if several and not any(adapter.by_columns for adapter in mapping.adapters.values()):
+            raise CheckpointError(
+                f"{tensors.folder}: it has {several[0].modules[0]} as its tensor-parallel ranks cut it, and no adapter "
+                "by which to count them; resume it with --save-adapter"
+            )
+        return stored_slices(weights, config, mapping.weights, tensors)[0]
+    stored = dict(weights.checkpoint_slices(config, mapping.weights))
+    for adapter in mapping.adapters.values():
+        (place,) = stored[f"{adapter.prefix}lora_B"]
+        if len(adapter.b_parts) > 1:
+            starts = accumulate((count for _, count in adapter.b_parts), initial=0)
+            stored[f"{adapter.prefix}lora_B"] = tuple(
+                CheckpointSlice(f"{place.key}.{part}", start, count, place.layer, place.layers)
+                for (part, count), start in zip(adapter.b_parts, starts, strict=False)
+            )
+    return stored
 
 
 def _merge(

@@ -112,7 +112,7 @@ def export_checkpoint(
         raise FolderError(hf, problems)
     infos = tensor_infos(weights, mapping, origin.record)
     tensors = CheckpointTensors(folder)
-    slices, synonyms = _checkpoint_slices(weights, config, mapping, tensors)
+    slices, synonyms = stored_slices(weights, config, mapping, tensors)
     _check_keys(tensors, mapping, slices, synonyms)
     wanted: dict[str, list[tuple[str, TensorSlice]]] = {}
     for name, source in mapping.sources.items():
@@ -138,11 +138,11 @@ def _copy_slice(
         region.copy_(tensors.read_slice(source, stored)[common.index].reshape(region.shape))
 
 
-def _checkpoint_slices(
+def stored_slices(
     weights: HfWeights[Any], config: ModelConfig, mapping: WeightMap, tensors: CheckpointTensors
 ) -> tuple[Mapping[str, tuple[CheckpointSlice, ...]], set[str]]:
     """Where this checkpoint has each parameter, and what other keys the same may have (imported checkpoints do)."""
-    if not any(key.startswith("model.") for key in tensors.metadata):
+    if not tensors.is_fsdp:
         return weights.checkpoint_slices(config, mapping), set()
     slices = {}
     ranks = 1
@@ -159,8 +159,8 @@ def _checkpoint_slices(
 
 def _rank_by_rank(source: Source, slices: tuple[CheckpointSlice, ...], ranks: int) -> tuple[CheckpointSlice, ...]:
     """`fsdp_dtensor` puts tensor-parallel ranks' shares one after the other, each with its share of every part."""
-    if len(slices) > 1 or not source.sharded or ranks == 1:
-        return slices  # nothing cut, or a part by itself
+    if len(slices) > 1 or not source.sharded or source.is_expert or ranks == 1:
+        return slices  # nothing cut, or a part by itself, or of experts, whose one part is in order whatever cuts it
     found, offset = [], 0
     for rank in range(ranks):
         start = 0
@@ -220,6 +220,11 @@ class CheckpointTensors:
             if isinstance(entry, TensorStorageMetadata)
         }
         self._last: tuple[CheckpointSlice, Tensor] | None = None
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether it is `fsdp_dtensor`."""
+        return any(key.startswith("model.") for key in self.metadata)
 
     def read_slice(self, source: Source, stored: CheckpointSlice) -> Tensor:
         """The rows of a parameter in one slice of the checkpoint.

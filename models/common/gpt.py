@@ -5,6 +5,7 @@ B rows, S tokens of this context-parallel rank, H hidden, V vocabulary, K depths
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from megatron.core.parallel_state import get_data_parallel_group
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 from torch import Tensor
 
+from models.common.block import let_freeze_in_front
 from models.common.mrope import InterleavedMRoPE
 from models.common.mtp import shift_left
 from models.common.output_layer import let_compute_losses
 from models.common.parallel_layers import let_reset
+from models.trained import trains
 
 
 class MultimodalGPTModel(GPTModel):
@@ -51,7 +54,12 @@ class MultimodalGPTModel(GPTModel):
         if self.post_process:
             let_reset(self.output_layer, self.config.init_method)
             let_compute_losses(self.output_layer, keep_logits=keep_logits)
+        let_freeze_in_front(self.decoder)
         self.rotary_pos_emb = InterleavedMRoPE(self.config.kv_channels, self.rotary_percent, self.rotary_base)
+
+    @cached_property
+    def _mtp_trains(self) -> bool:
+        return trains(self.mtp)
 
     def _postprocess(
         self,
@@ -81,6 +89,8 @@ class MultimodalGPTModel(GPTModel):
         if inference_context is not None:
             raise NotImplementedError("this decoder trains only; export the checkpoint to HF")
         if mtp_in_postprocess and self.training:
+            if self.config.recompute_granularity is not None and not hidden_states.requires_grad and self._mtp_trains:
+                hidden_states.requires_grad_(True)  # recomputation differentiates only through inputs that ask for it
             hidden_states = self.mtp(
                 input_ids=input_ids,
                 position_ids=position_ids,

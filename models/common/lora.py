@@ -211,14 +211,14 @@ def attach(model: MultimodalModel, mapping: AdapterMap, parameters: Mapping[str,
 
     Args:
         model: before Megatron wraps it.
-        parameters: names in the model -> canonical names.
+        parameters: canonical names -> names in the model.
 
     Raises:
         TypeError: a weight of a layer that takes no adapter.
     """
     model.requires_grad_(False)
     groups = model.pg_collection
-    for own, name in parameters.items():
+    for name, own in parameters.items():
         adapter = mapping.adapters.get(name)
         if adapter is None:
             continue

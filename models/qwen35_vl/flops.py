@@ -86,7 +86,7 @@ class FlopCount:
 class _Counter:
     """Adds up products in the order in which the forward pass computes them."""
 
-    def __init__(self, trained: Set[str], adapters: Mapping[str, int]) -> None:
+    def __init__(self, trained: Set[str], adapters: Mapping[str, tuple[int, int]]) -> None:
         self.macs = [0] * 7
         self._trained = trained
         self._adapters = adapters
@@ -109,8 +109,8 @@ class _Counter:
                 upstream |= trains
             self.macs[product.per] += times * product.macs
             if product.weight is not None and product.weight in self._adapters:
-                # A's input needs no gradient where nothing upstream is trained; that third is in the noise.
-                self.macs[product.per] += 3 * product.times * self._adapters[product.weight]
+                a, b = self._adapters[product.weight]
+                self.macs[product.per] += product.times * ((2 + upstream) * a + 3 * b)
                 upstream = True
         return upstream
 

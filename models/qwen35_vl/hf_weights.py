@@ -235,9 +235,10 @@ def fsdp_checkpoint_slices(config: Qwen35VLConfig, mapping: WeightMap) -> dict[s
 
 def _module_names(name: str, mapping: WeightMap) -> list[str]:
     """`_ALIASES` the other way round: every backend's spelling of a canonical name."""
-    if expert := re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(linear_fc[12])\.weight", name):
-        layer, number, linear = expert.groups()
-        return [f"{layer}.local_experts.{number}.{linear}.weight", f"{layer}.{linear}.weight{number}"]
+    if expert := re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(linear_fc[12])\.(weight|adapter\..*)", name):
+        layer, number, linear, parameter = expert.groups()
+        stacked = [f"{layer}.{linear}.weight{number}"] if parameter == "weight" else []
+        return [f"{layer}.local_experts.{number}.{linear}.{parameter}", *stacked]
     names = [name]
     for norm, projections in (
         (".input_layernorm.", (".self_attention.in_proj", ".self_attention.linear_qkv")),

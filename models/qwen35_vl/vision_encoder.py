@@ -20,14 +20,14 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
 from models.backends.backend import Backend
 from models.common.attention import RotarySelfAttention
+from models.common.block import PartlyTrainedBlock
 from models.qwen35_vl.configuration import Qwen35VLVisionConfig
-from models.trained import trains
 
 NORM_EPSILON = 1e-6
 ROTARY_BASE = 10_000.0
@@ -224,13 +224,12 @@ class VisionEncoder(MegatronModule):
         self.pg_collection = pg_collection
         self.patch_embed = PatchEmbedding(config, vision.patch_dim)
         self.pos_embed = PositionTable(config, vision.num_position_embeddings)
-        self.decoder = TransformerBlock(
+        self.decoder = PartlyTrainedBlock(
             config,
             vision_block_spec(config, backend),
             post_layer_norm=False,
             pg_collection=_vision_groups(pg_collection),
         )
-        self._blocks_train = trains(self.decoder)
         self.merger = PatchMerger(
             config,
             backend,
@@ -259,8 +258,6 @@ class VisionEncoder(MegatronModule):
             [V, out_hidden_size] in params_dtype.
         """
         patches = self.patch_embed(pixel_values) + self.pos_embed(position_index, position_weight)
-        if self.config.recompute_granularity is not None and not patches.requires_grad and self._blocks_train():
-            patches.requires_grad_(True)  # recomputation differentiates only through inputs that ask for it
         patches = self.decoder(
             hidden_states=patches.unsqueeze(1),  # [P, 1, H]
             attention_mask=None,

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import arguments
@@ -26,6 +27,7 @@ DENSE, MOE = (VARIANTS[name].replace(mtp_num_layers=0) for name in ("tiny", "tin
 CASES = {
     "dense": (DENSE, ("--lora-rank", "4", "--lora-alpha", "6", "--lora-vision")),
     "moe": (MOE, ("--lora-rank", "3", "--lora-alpha", "5", "--lora-experts", "--lora-rslora")),
+    "grouped": (MOE, ("--lora-rank", "3", "--moe-grouped-gemm")),
     "some": (
         DENSE,
         ("--lora-rank", "2", "--lora-targets", "k_proj", "up_proj", "in_proj_z", "in_proj_qkv", "attn.qkv"),
@@ -168,3 +170,27 @@ def test_all_linear_is_pefts_without_the_vision(tmp_path: Path) -> None:
         assert ours == theirs
         language = set(table(architecture, tmp_path, ("--lora-rank", "2")).modules)
         assert language == {name for name in theirs if ".visual." not in name}
+
+
+def test_frozen_grouped_experts_have_no_weight_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where torch groups the products: two linears of each layer, forward and for their input's gradient.
+
+    In float64 there is nothing to count; against peft they stand above.
+    """
+    products = []
+
+    def counted(*args: Tensor, original=F.grouped_mm, **kwargs: Tensor) -> Tensor:
+        products.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "grouped_mm", counted)
+    flags = ("--lora-rank", "4", "--bf16")
+    model = build_model(MOE, tmp_path, torch.bfloat16, *flags)
+    mapping = table(MOE, tmp_path, flags)
+    adapters = adapter_parameters(model, MOE)
+    fill(mapping.weights, adapters, Rank(), random_state(mapping))
+    inputs, batch = our_inputs(MOE, make_sample(MOE, DOCUMENTS["text"], torch.bfloat16))
+    (model(**inputs, labels=batch.labels, loss_mask=batch.loss_mask) * batch.loss_mask).sum().backward()
+    assert len(products) == 4 * MOE.num_layers
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for _, parameter in adapters)
+    assert all(".adapter." in name for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -15,8 +15,9 @@ from models import MODEL_REGISTRY
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
 from models.qwen35_vl.flops import FlopCount
 from models.qwen35_vl.hf_weights import GROUPS, canonical_parameters, weight_map
-from models.trained import Trained, frozen_names, rate_factors
+from models.trained import Trained, frozen_names, rate_factors, trains_in_front
 from proofs.float64 import float64
+from tests.build_decoder import perturb
 from tests.build_model import build_model, command_line_of
 from tests.errors import relative_error
 from tests.hf_reference import build_hf
@@ -27,6 +28,7 @@ RECOMPUTE = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
     "--recompute-vision",
 )
+BLOCKS = ("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1")
 SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "layernorm", "gdn_norm_out", "core_attn")
 # The first trained layer stands behind frozen ones, in the decoder and in the ViT.
 BEHIND = ("embeddings", "projector", r"layers\.[01]\.", r"patch_embed|pos_embed|blocks\.0\.")
@@ -62,6 +64,7 @@ def full_run(single_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         ("dense", ("vision", "language", "embeddings"), ()),
         ("dense", ("language", "projector"), RECOMPUTE),
         ("dense", BEHIND, RECOMPUTE),
+        ("dense", BEHIND, BLOCKS),
         ("dense", BEHIND, SELECTIVE),
         ("moe", ("vision", "embeddings"), RECOMPUTE),
         ("moe", (r"mlp\.(experts|gate)\.",), ()),
@@ -86,6 +89,83 @@ def test_a_frozen_vit_runs_without_a_graph(full_run, tmp_path: Path) -> None:
         model = build_model(architecture, tmp_path, torch.float64, "--freeze", "vision", "projector", *flags)
         inputs, _ = our_inputs(architecture, sample)
         assert not model.vision_model(**inputs["vision"]).requires_grad
+
+
+@pytest.mark.parametrize("flags", [(), RECOMPUTE, BLOCKS, SELECTIVE], ids=["plain", "full", "blocks", "selective"])
+def test_frozen_layers_in_front_store_nothing(full_run, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """In the decoder and in the ViT: no tensor is kept for a backward pass, and no layer runs again in it."""
+    architecture, _, sample, _ = full_run["dense"]
+    model = build_model(architecture, tmp_path, torch.float64, "--freeze", *BEHIND, *flags)
+    frozen = [*model.language_model.decoder.layers[:2], model.vision_model.decoder.layers[0]]
+    runs: list[nn.Module] = []
+    stored: list[nn.Module] = []
+    inside: list[nn.Module] = []
+
+    def enter(layer: nn.Module, _: object) -> None:
+        inside.append(layer)
+        runs.append(layer)
+
+    def leave(*_: object) -> None:
+        inside.pop()
+
+    for layer in frozen:
+        layer.register_forward_pre_hook(enter)
+        layer.register_forward_hook(leave)
+
+    def pack(tensor: Tensor) -> Tensor:
+        stored.extend(inside)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gradients(architecture, model, sample)
+    assert runs == [frozen[2], frozen[0], frozen[1]]
+    assert not stored
+
+
+def test_mtp_alone_is_trained_under_recomputation(single_rank: None, tmp_path: Path) -> None:
+    """Nothing that its input depends on is trained."""
+    architecture = VARIANTS["tiny"]
+    with float64():
+        sample = make_sample(architecture, DOCUMENTS["one_image"], torch.float64)
+        found = []
+        for flags in ((), RECOMPUTE):
+            torch.manual_seed(0)
+            model = build_model(architecture, tmp_path, torch.float64, "--freeze", r"^model\.", *flags)
+            perturb(model)
+            found.append(gradients(architecture, model, sample))
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys() and all(".mtp." in name for name in plain)
+    assert sum(".mtp." in name for name in weight_map(architecture).sources) == len(plain)
+    assert max(relative_error(recomputed[name], plain[name]) for name in plain) < 1e-13
+
+
+def test_a_stage_knows_whether_its_input_is_trained() -> None:
+    names = weight_map(DENSE).sources.keys()
+
+    def in_front(*words: str, layer: int) -> bool:
+        return trains_in_front(Trained(frozen_names(weight_map(DENSE), GROUPS, words)), names, layer)
+
+    assert in_front("vision", "language", layer=2)  # projector and embeddings
+    assert not in_front("vision", "projector", "embeddings", layer=0)
+    assert in_front("vision", "projector", "embeddings", layer=1)
+    assert not in_front(*BEHIND, "vision", layer=2)
+    assert in_front(*BEHIND, "vision", layer=3)
+    adapted = Trained(adapters={"language_model.decoder.layers.2.mlp.linear_fc2.weight": (1, 1)})
+    assert [trains_in_front(adapted, names, layer) for layer in (2, 3)] == [False, True]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_stage_behind_frozen_ones_differentiates_nothing(full_run, trains: bool, tmp_path: Path) -> None:
+    """What Megatron sends back is there either way; only where it is of use has it been computed."""
+    architecture = full_run["dense"][0]
+    model = build_model(architecture, tmp_path, torch.float64, "--freeze", *BEHIND)
+    model.trains_in_front = trains
+    received = torch.zeros(3, 1, architecture.hidden_size, dtype=torch.float64, requires_grad=True)
+    model.set_input_tensor([received])
+    handed = model.language_model.decoder.input_tensor
+    assert handed.requires_grad == trains
+    assert (received.grad is None) == trains
+    assert trains or (torch.equal(received.grad, torch.zeros_like(received)) and handed.is_leaf)
 
 
 def test_rates_are_multiplied_and_weight_decay_stays_off_norms(single_rank: None, tmp_path: Path) -> None:

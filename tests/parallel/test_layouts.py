@@ -53,6 +53,14 @@ GROUPED = Group("grouped", MOE.arguments, loss=1e-14, gradient=2e-13, update=4e-
 TEXT = Group(
     "text", ("--variant", "tiny_moe"), loss=1e-14, gradient=2e-13, update=4e-12, flags=("--language-model-only",)
 )
+# Frozen layers in front: with four stages, two train nothing and the third's input needs no gradient.
+FROZEN_FLAGS = ("--freeze", "vision", "projector", "embeddings", r"language_model\.layers\.[01]\.")
+FROZEN = Group("frozen", DENSE.arguments, loss=1e-14, gradient=2e-13, update=4e-12, flags=FROZEN_FLAGS)
+LORA_FLAGS = ("--lora-rank", "3", "--lora-vision")
+LORA = Group("lora", MOE.arguments, loss=1e-14, gradient=2e-13, update=4e-12, flags=(*LORA_FLAGS, "--lora-experts"))
+LORA_GROUPED = Group(
+    "lora_grouped", MOE.arguments, loss=1e-14, gradient=2e-13, update=4e-12, flags=(*LORA_FLAGS, "--moe-grouped-gemm")
+)
 SGD = Group("sgd", ("--variant", "tiny_moe", "--optimizer", "sgd"), loss=1e-14, gradient=2e-13, update=4e-12)
 FLOAT32_MOE = Group("moe32", ("--variant", "tiny_moe", "--dtype", "float32"), loss=1e-6, gradient=2e-4, update=2e-4)
 FLOAT32_DENSE = Group("dense32", ("--variant", "tiny", "--dtype", "float32"), loss=1e-6, gradient=2e-4, update=2e-4)
@@ -77,6 +85,9 @@ SLOW: dict[Group, str] = {
     SGD: "tp2+sp cp2 pp2 ep2",
     GROUPED: "ep2 tp2+sp+etp1 tp2+sp+ep2 ep2+etp2 pp2 dp2+distopt",
     TEXT: "tp2+sp+cp2 pp2 ep2",
+    FROZEN: "recompute selective pp2 pp4 pp2+recompute pp2+vpp2",
+    LORA: "tp2+sp+ep2+etp1 cp2 pp2 ep2 dp2+distopt recompute",
+    LORA_GROUPED: "ep2 pp2",
     # Megatron-FSDP has no float64: param_and_grad_buffer.py:2582 knows the sizes of 16 and 32 bits alone.
     FLOAT32_MOE: "tp2+sp cp2 pp2 ep2 tp2+sp+cp2 fsdp2 fsdp2+cp2 fsdp2+tp2+sp",
     FLOAT32_DENSE: "tp2+sp cp2 pp2 dp2+distopt tp2+sp+cp2 fsdp2",
