@@ -134,29 +134,29 @@ def test_another_base_or_another_adapter_is_refused(trained: Path, tmp_path: Pat
     assert "adapts other modules" in refusal(*loaded, "--hf-config", str(trained / "base"), *narrower)
 
 
-def test_fsdp_checkpoints_hold_adapters_and_resume_exactly(trained: Path, tmp_path: Path) -> None:
-    """Saved by two ranks: resumed in the same layout, and exported."""
+@pytest.mark.parametrize("start", ["hf", "random"])
+def test_fsdp_checkpoints_hold_adapters_and_resume_exactly(trained: Path, start: str, tmp_path: Path) -> None:
+    """Saved by two ranks; resumed by two, and exported."""
     from weights.checkpoint import CheckpointTensors
 
     lora = json.loads((trained / "flags.json").read_text())
     fsdp = ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"]
     common = [*lora, *TRAIN, *fsdp, "--ckpt-format", "fsdp_dtensor"]
+    model = ["--hf-config", str(trained / "base")]
     saved = tmp_path / "checkpoints"
-    first = ["--load-hf", str(trained / "base"), "--save", str(saved), "--save-interval", "2"]
-    again = ["--hf-config", str(trained / "base"), "--load", str(saved), "--ckpt-step", "2"]
+    begin = ["--load-hf", str(trained / "base")] if start == "hf" else model
     run(
         tmp_path,
         [
-            [*first, *common, "--save-adapter", str(tmp_path / "whole")],
-            [*again, *common, "--save-adapter", str(tmp_path / "resumed")],
+            [*begin, *common, "--save", str(saved), "--save-interval", "2", "--save-adapter", str(tmp_path / "whole")],
+            [*model, *common, "--load", str(saved), "--ckpt-step", "2", "--save-adapter", str(tmp_path / "resumed")],
         ],
         ranks=2,
         fsdp=True,
     )
     assert same(tmp_path / "whole", tmp_path / "resumed")
-    kept = [
-        key for key in CheckpointTensors(saved / "iter_0000004").metadata if key.startswith(("model.", "optimizer."))
-    ]
-    assert kept and all(".adapter." in key for key in kept)
+    kept = CheckpointTensors(saved / "iter_0000004").metadata
+    parameters = [key for key in kept if key.startswith(("model.", "optimizer."))]
+    assert parameters and all(".adapter." in key for key in parameters)
     export(saved, tmp_path / "exported", quiet=True)
     assert same(tmp_path / "whole", tmp_path / "exported")
