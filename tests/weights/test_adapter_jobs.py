@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 import arguments
+from models import MODEL_REGISTRY
+from models.weight_map import Rank, fill
+from proofs.float64 import float64
 from runtime.machine import Machine
+from tests.build_model import build_model
+from tests.errors import relative_error
+from tests.hf_reference import load_hf_folder
+from tests.models.test_hf_parity import DOCUMENTS, load, make_sample, our_inputs, run_hf
+from tests.models.test_lora_peft import adapter_parameters, table, with_peft
 from tests.train_jobs import FLAGS, run
 from weights.adapter import AdapterFolder
 from weights.adapter_export import export
@@ -107,6 +115,28 @@ def test_export_gives_the_adapter_and_the_merged_model(trained: Path, tmp_path: 
         for name in job:
             # Sums of products in another order, rounded to bf16.
             torch.testing.assert_close(other[name], job[name], rtol=2**-7, atol=1e-6)
+
+
+def test_peft_gives_our_logits(trained: Path, single_rank: None, tmp_path: Path) -> None:
+    """What four steps have made, through peft on transformers' base and in our model, in float64."""
+    lora = json.loads((trained / "flags.json").read_text())
+    described = json.loads((trained / "base/config.json").read_text())
+    architecture = MODEL_REGISTRY["qwen35_vl"].from_hf(described).replace(mtp_num_layers=0)
+    with float64():
+        reference = load_hf_folder(architecture, trained / "base").double()
+        mapping = table(architecture, tmp_path, tuple(lora))
+        model = build_model(architecture, tmp_path, torch.float64, *lora)
+        load(model, reference, architecture)
+        sample = make_sample(architecture, DOCUMENTS["one_image"], torch.float64)
+        inputs, _ = our_inputs(architecture, sample)
+        base = model(**inputs).detach()
+        state = AdapterFolder.open(trained / "adapter").read(mapping)
+        fill(mapping.weights, adapter_parameters(model, architecture), Rank(), state)
+        logits = model(**inputs).detach()
+        theirs = run_hf(with_peft(reference, trained / "adapter"), architecture, sample).logits
+    print(f"logits {relative_error(logits, theirs):.1e}, and without the adapter {relative_error(base, theirs):.1e}")
+    assert relative_error(logits, theirs) < 1e-12
+    assert relative_error(base, theirs) > 1e-3
 
 
 def test_the_checkpoint_holds_adapters_alone(trained: Path) -> None:
