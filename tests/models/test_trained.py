@@ -30,7 +30,8 @@ RECOMPUTE = (
 )
 BLOCKS = ("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1")
 SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "layernorm", "gdn_norm_out", "core_attn")
-# The first trained layer stands behind frozen ones, in the decoder and in the ViT.
+# The first trained layer stands behind frozen ones: in the decoder, or in the ViT and then in both.
+FRONT = ("vision", "projector", "embeddings", r"layers\.[01]\.")
 BEHIND = ("embeddings", "projector", r"layers\.[01]\.", r"patch_embed|pos_embed|blocks\.0\.")
 
 
@@ -64,7 +65,9 @@ def full_run(single_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         ("dense", ("vision", "language", "embeddings"), ()),
         ("dense", ("language", "projector"), RECOMPUTE),
         ("dense", BEHIND, RECOMPUTE),
-        ("dense", BEHIND, BLOCKS),
+        ("dense", FRONT, RECOMPUTE),
+        ("dense", FRONT, BLOCKS),
+        ("dense", FRONT, SELECTIVE),
         ("dense", BEHIND, SELECTIVE),
         ("moe", ("vision", "embeddings"), RECOMPUTE),
         ("moe", (r"mlp\.(experts|gate)\.",), ()),
@@ -91,12 +94,18 @@ def test_a_frozen_vit_runs_without_a_graph(full_run, tmp_path: Path) -> None:
         assert not model.vision_model(**inputs["vision"]).requires_grad
 
 
-@pytest.mark.parametrize("flags", [(), RECOMPUTE, BLOCKS, SELECTIVE], ids=["plain", "full", "blocks", "selective"])
-def test_frozen_layers_in_front_store_nothing(full_run, flags: tuple[str, ...], tmp_path: Path) -> None:
-    """In the decoder and in the ViT: no tensor is kept for a backward pass, and no layer runs again in it."""
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [(FRONT, ()), (FRONT, RECOMPUTE), (FRONT, BLOCKS), (FRONT, SELECTIVE), (BEHIND, RECOMPUTE)],
+    ids=["plain", "full", "blocks", "selective", "vision"],
+)
+def test_frozen_layers_in_front_store_nothing(full_run, words, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """No tensor is kept for a backward pass, and no layer runs again in it."""
     architecture, _, sample, _ = full_run["dense"]
-    model = build_model(architecture, tmp_path, torch.float64, "--freeze", *BEHIND, *flags)
-    frozen = [*model.language_model.decoder.layers[:2], model.vision_model.decoder.layers[0]]
+    model = build_model(architecture, tmp_path, torch.float64, "--freeze", *words, *flags)
+    frozen = [model.vision_model.decoder.layers[0]]
+    if words == FRONT:
+        frozen += model.language_model.decoder.layers[:2]
     runs: list[nn.Module] = []
     stored: list[nn.Module] = []
     inside: list[nn.Module] = []
@@ -118,7 +127,7 @@ def test_frozen_layers_in_front_store_nothing(full_run, flags: tuple[str, ...], 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         gradients(architecture, model, sample)
-    assert runs == [frozen[2], frozen[0], frozen[1]]
+    assert runs == frozen
     assert not stored
 
 
@@ -148,8 +157,8 @@ def test_a_stage_knows_whether_its_input_is_trained() -> None:
     assert in_front("vision", "language", layer=2)  # projector and embeddings
     assert not in_front("vision", "projector", "embeddings", layer=0)
     assert in_front("vision", "projector", "embeddings", layer=1)
-    assert not in_front(*BEHIND, "vision", layer=2)
-    assert in_front(*BEHIND, "vision", layer=3)
+    assert [in_front(*FRONT, layer=layer) for layer in range(4)] == [False, False, False, True]
+    assert in_front(*BEHIND, layer=2)
     adapted = Trained(adapters={"language_model.decoder.layers.2.mlp.linear_fc2.weight": (1, 1)})
     assert [trains_in_front(adapted, names, layer) for layer in (2, 3)] == [False, True]
 
