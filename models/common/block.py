@@ -59,6 +59,7 @@ class PartlyTrainedBlock(TransformerBlock):
             "padding_mask": padding_mask,
         }
         entering = hidden_states if self.pre_process else self.input_tensor
+        assert entering is not None
         recomputes = self.config.recompute_granularity is not None and self.training and torch.is_grad_enabled()
         if recomputes and not entering.requires_grad and self._trained_layers:
             if len(self._trained_layers) < len(self.layers) and not self._wraps_layers():
