@@ -69,12 +69,12 @@ def products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ("variant", "flags"),
     [
         ("tiny", ()),
-        ("tiny", ("--freeze", "vision")),
+        pytest.param("tiny", ("--freeze", "vision"), marks=pytest.mark.slow),
         ("tiny", FIRST_LAYERS),
         ("tiny", LORA),
-        ("tiny", (*LORA, "--lora-vision")),
+        pytest.param("tiny", (*LORA, "--lora-vision"), marks=pytest.mark.slow),
         ("tiny_moe", ()),
-        ("tiny_moe", FIRST_LAYERS),
+        pytest.param("tiny_moe", FIRST_LAYERS, marks=pytest.mark.slow),
         ("tiny_moe", (*LORA, "--lora-experts")),
     ],
 )
