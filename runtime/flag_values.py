@@ -43,6 +43,44 @@ _LEAST: Mapping[str, float] = {
     "--hidden-dropout": 0,
     "--recompute-num-layers": 1,
     "--eval-micro-batch-size": 1,
+    "--save-params-interval": 1,
+    "--save-activations-interval": 1,
+    "--save-tokens-per-expert-interval": 1,
+    "--save-wgrads-interval": 1,
+    "--save-dgrads-interval": 1,
+    "--check-weight-hash-across-dp-replicas-interval": 1,
+    "--gpu-sniff-test-interval": 1,
+    "--log-memory-interval": 1,
+    "--train-sync-interval": 1,
+    "--tensorboard-queue-size": 1,
+    "--dist-ckpt-workers": 1,
+    "--ddp-bucket-size": 1,
+    "--ddp-num-buckets": 1,
+    "--exit-duration-in-mins": 1,
+    "--start-eval-at-iter": 0,
+    "--lr-wsd-decay-iters": 1,
+    "--microbatch-group-size-per-virtual-pipeline-stage": 1,
+    "--distributed-timeout-seconds-after-init": 1,
+    "--num-distributed-optimizer-instances": 1,
+    "--profile-step-start": 0,
+    "--profile-step-end": 1,
+    "--profile-ranks": 0,
+    "--loss-scale": 1,
+    "--loss-scale-window": 1,
+    "--hysteresis": 1,
+    "--initial-loss-scale": 1,
+    "--min-loss-scale": 0,
+    "--moe-z-loss-coeff": 0,
+    "--moe-expert-capacity-factor": 0,
+    "--moe-input-jitter-eps": 0,
+    "--override-ckpt-iteration": 0,
+    "--decoupled-lr": 0,
+    "--decoupled-min-lr": 0,
+    "--start-weight-decay": 0,
+    "--end-weight-decay": 0,
+    "--sgd-momentum": 0,
+    "--init-method-std": 0,
+    "--norm-epsilon": 0,
     "--eval-global-batch-size": 1,
 }
 _BELOW_ONE = ("--adam-beta1", "--adam-beta2", "--attention-dropout", "--hidden-dropout")
@@ -107,8 +145,25 @@ def _schedule(args: Namespace) -> list[str]:
         end, flag = args.train_iters, "--train-iters"
     if end is not None and args.lr_warmup_iters >= max(end, 1) and args.lr_warmup_iters > 0:
         problems.append(f"--lr-warmup-iters {args.lr_warmup_iters}: has to be below {flag} {end}; lower it")
+    if args.lr is not None and args.lr_warmup_init > args.lr:
+        problems.append(f"--lr-warmup-init {args.lr_warmup_init}: above --lr {args.lr}; the rate rises from it")
+    first, last = args.start_weight_decay, args.end_weight_decay
+    if first is not None and last is not None and last < first:
+        problems.append(f"--end-weight-decay {last}: below --start-weight-decay {first}; it may only rise")
     if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
         problems.append("--lr-decay-style WSD: needs --lr-wsd-decay-iters")
+    wsd = args.lr_wsd_decay_iters
+    if wsd is not None and end is not None and wsd > end:
+        problems.append(f"--lr-wsd-decay-iters {wsd}: above {flag} {end}; lower it")
+    if args.save and args.save_retain_interval is not None and args.save_retain_interval % args.save_interval:
+        problems.append(
+            f"--save-retain-interval {args.save_retain_interval}: not a multiple of --save-interval "
+            f"{args.save_interval}"
+        )
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        problems.append(
+            f"--profile-step-end {args.profile_step_end}: not above --profile-step-start {args.profile_step_start}"
+        )
     if args.lr is None and not args.skip_train:
         problems.append("--lr is missing: the highest learning rate")
     return problems
@@ -139,7 +194,7 @@ def _router(args: Namespace) -> list[str]:
     if args.moe_router_topk == 1 and args.moe_router_score_function == "softmax" and not args.moe_router_pre_softmax:
         problems.append(
             "--moe-router-topk 1: the softmax over one chosen expert is constant, so the router would learn nothing; "
-            "add --moe-router-pre-softmax"
+            "use at least 2, or add --moe-router-pre-softmax, which transformers hasn't"
         )
     if "global_aux_loss" in kinds:
         problems.append(

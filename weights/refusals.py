@@ -9,6 +9,7 @@ from typing import Any
 from models import ModelConfig, ModelSpec
 from models.spec import HfWeights
 from runtime import checkpoints
+from runtime.megatron_flags import dest_of
 from weights.check import HfSource, check_folder, described
 from weights.folder import FolderError, HfFolder, occupied, parse_size, read_config
 
@@ -21,6 +22,8 @@ def flag_refusals(args: Namespace, spec: ModelSpec[Any]) -> list[str]:
     problems = []
     if args.save_hf_interval is not None and (args.save_hf is None or args.save_hf_interval < 1):
         problems.append(f"--save-hf-interval {args.save_hf_interval}: needs --save-hf DIR and at least 1")
+    if args.save_hf is not None and (given := other_routers(args)):
+        problems.append(f"--save-hf with {' '.join(given)}: transformers routes tokens otherwise; drop one")
     if args.save_hf is not None and args.save_hf_interval is None and (there := occupied(Path(args.save_hf))):
         problems.append(f"--save-hf {args.save_hf}: {there}; give a new folder")
     try:
@@ -28,6 +31,23 @@ def flag_refusals(args: Namespace, spec: ModelSpec[Any]) -> list[str]:
     except ValueError as error:
         problems.append(f"--max-shard-size {error}")
     return problems
+
+
+# Flags by which the router chooses and weighs experts otherwise than transformers' Qwen3.5-VL does, and the usual value.
+_ROUTERS = {
+    "--moe-router-score-function": "softmax",
+    "--moe-router-pre-softmax": False,
+    "--moe-router-topk-scaling-factor": None,
+    "--moe-router-num-groups": None,
+    "--moe-router-group-topk": None,
+    "--moe-router-enable-expert-bias": False,
+}
+
+
+def other_routers(args: Namespace) -> list[str]:
+    """Given flags with which a model in HuggingFace's format would answer otherwise than the trained one."""
+    values = vars(args)
+    return [flag for flag, usual in _ROUTERS.items() if args.num_experts and values[dest_of(flag)] != usual]
 
 
 def open_source(
