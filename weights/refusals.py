@@ -33,7 +33,7 @@ def flag_refusals(args: Namespace, spec: ModelSpec[Any]) -> list[str]:
     return problems
 
 
-# Flags by which the router chooses and weighs experts otherwise than transformers' Qwen3.5-VL does, and the usual value.
+# Flags by which the router chooses and weighs experts otherwise than transformers does, and their usual values.
 _ROUTERS = {
     "--moe-router-score-function": "softmax",
     "--moe-router-pre-softmax": False,
