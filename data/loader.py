@@ -76,7 +76,7 @@ def _build_readers(
     ranks = _ranks(device)
     with_vision = mpu.is_pipeline_first_stage(ignore_virtual=True) and not args.language_model_only
     collate_packs = _collator(args, model_inputs, processor, with_vision=with_vision)
-    build = partial(find_provider(args.dataset_provider).build, args)
+    build = partial(find_provider(args.dataset_provider).open, args)
 
     def split(name: Split, micro_batch_size: int, global_batch_size: int, tag: int) -> BatchReader | None:
         dataset = build(name, processor, model_inputs)

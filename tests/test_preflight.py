@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -319,3 +320,21 @@ def test_a_checkpoint_of_another_depth(tmp_path: Path, flag: str) -> None:
             continue
         with pytest.raises(Refused, match=r"num_layers is 4 by the flags and 6 in the folder's config\.json"):
             preflight([*TINY.split(), flag, str(tmp_path)], LAPTOP, 1)
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(Refused, match=f"MASTER_PORT={port}: Address already in use; give another"):
+            preflight(TINY.split(), LAPTOP, 2)
+        monkeypatch.setenv("RANK", "1")  # the first rank's may be there by then
+        preflight(TINY.split(), LAPTOP, 2)
+
+
+@pytest.mark.parametrize("name", [":build", "module:", "a b:build", ".here:build", "__main__:build", "module:a:b"])
+def test_providers_that_are_no_names(name: str) -> None:
+    with pytest.raises(Refused, match=f"--dataset-provider {name}: expected package.module:function"):
+        preflight([*TINY.split(), "--dataset-provider", name], LAPTOP, 1)
