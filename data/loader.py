@@ -124,6 +124,9 @@ def _build_readers(
             test = None
         else:
             valid.source.position = args.consumed_valid_samples
+            if args.full_validation:
+                # megatron-core 0.19.2 takes its number for a list of them (training/training.py:4384).
+                args.eval_iters, args.full_validation = len(valid), False
     if ranks.loads:
         readers = {"train": train, "validation": valid, "test": test}
         _check_shared_memory({name: r for name, r in readers.items() if r is not None}, args, model_inputs, with_vision)

@@ -62,7 +62,7 @@ _WORKS = """
 --optimizer --lr --min-lr --lr-decay-style --lr-decay-iters --lr-warmup-iters --weight-decay --clip-grad
 --adam-beta1 --adam-beta2 --adam-eps --sgd-momentum
 --override-opt_param-scheduler --use-checkpoint-opt_param-scheduler
---eval-iters --eval-interval
+--eval-iters --eval-interval --full-validation
 --save --save-interval --load --finetune --ckpt-step --ckpt-format --exit-on-missing-checkpoint
 --pretrained-checkpoint --async-save --async-strategy --use-persistent-ckpt-worker
 --dist-ckpt-optim-fully-reshardable --no-save-optim --no-load-optim --no-load-rng
@@ -107,9 +107,7 @@ _REFUSED = {
         "--optimizer-cpu-offload --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload "
         "--overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params"
     ),
-    "evaluation takes --eval-iters batches of each split": (
-        "--multiple-validation-sets --validation-set-names --full-validation"
-    ),
+    "evaluation takes --eval-iters batches of each split": ("--multiple-validation-sets --validation-set-names"),
     "the loader's order is planned, so a step can't be left out; remove the samples from the data": (
         "--iterations-to-skip"
     ),

@@ -124,7 +124,6 @@ VALUES = {
     "--save-params-interval 0": "--save-params-interval 0: has to be at least 1",
     "--lr-decay-style WSD --lr-wsd-decay-iters 9": "--lr-wsd-decay-iters 9: above --train-iters 4",
     "--profile --profile-step-start 3 --profile-step-end 3": "--profile-step-end 3: not above --profile-step-start 3",
-    "--full-validation": "--full-validation: not supported; evaluation takes --eval-iters batches",
     "--eval-interval 0": "--eval-interval 0: has to be at least 1",
     "--save-interval 0": "--save-interval 0: has to be at least 1",
     "--train-iters -1": "--train-iters -1: has to be at least 1",
