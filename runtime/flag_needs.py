@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.megatron_flags import megatron_flags
+from runtime.megatron_flags import flags_by_name
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,6 @@ def unmet_needs(args: Namespace) -> list[str]:
 
 
 def _is_given(args: Namespace, flag: str) -> bool:
-    listed = {name: each for each in megatron_flags() for name in each.names}[flag]
+    listed = flags_by_name()[flag]
     value: Any = getattr(args, listed.dest)
     return value is not None and value != listed.default

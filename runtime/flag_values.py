@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtime.flag_needs import unmet_needs
-from runtime.megatron_flags import Flag, dest_of, megatron_flags
+from runtime.megatron_flags import Flag, flags_by_name, megatron_flags
 from runtime.recomputation import recomputation_refusals
 
 # Flag -> the least that it can be; other numbers of the schedule and of the logs may be anything.
@@ -124,13 +124,13 @@ def _floats() -> list[Flag]:
 def _too_small(args: Namespace) -> list[str]:
     found = []
     for flag, least in _LEAST.items():
-        value = getattr(args, dest_of(flag))
+        value = getattr(args, flags_by_name()[flag].dest)
         for each in value if isinstance(value, list) else [value]:
             if each is not None and each < least:
                 found.append(f"{flag} {each}: has to be at least {least:g}")
     for flag in _BELOW_ONE:
-        if getattr(args, dest_of(flag)) >= 1:
-            found.append(f"{flag} {getattr(args, dest_of(flag))}: has to be below 1")
+        if (value := getattr(args, flags_by_name()[flag].dest)) >= 1:
+            found.append(f"{flag} {value}: has to be below 1")
     return found
 
 

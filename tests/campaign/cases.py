@@ -343,7 +343,7 @@ def _pickle(draw: random.Random) -> Case:
         "exec": lambda mark: Call(exec, f"import os; os.mkdir({str(mark)!r})"),
         "Path.mkdir": lambda mark: Call(Path.mkdir, mark),
         "shutil": lambda mark: Call(shutil.copytree, str(mark.parent), str(mark)),
-        "getattr": lambda mark: Call(getattr, os, "mkdir"),
+        "getattr": lambda mark: Call(getattr, str, "join"),
         "in a list": lambda mark: [1, {"a": (Call(os.mkdir, str(mark)),)}],
     }
     how, door = draw.choice(list(ways)), draw.choice(CHECKPOINT_DOORS)

@@ -66,8 +66,8 @@ def write_sound_adapter(folder: Path, base: Path) -> None:
     (folder / BASE_LINK).symlink_to(base)
 
 
-def _adapted(base: Path) -> tuple[ModelSpec, ModelConfig, AdapterMap]:
-    lines = preflight([*BASE, "--load-hf", str(base), "--lora-rank", "2"], LAPTOP, 1)
+def _adapted(base: Path, rank: int = 2) -> tuple[ModelSpec, ModelConfig, AdapterMap]:
+    lines = preflight([*BASE, "--load-hf", str(base), "--lora-rank", str(rank)], LAPTOP, 1)
     return lines.spec, lines.config, lora_of_args(lines.args, lines.spec, lines.config)
 
 
@@ -157,7 +157,8 @@ def _load_adapter(folder: Path) -> None:
 
 
 def _adapter(folder: Path) -> None:
-    AdapterFolder.open(folder).read(_adapted(folder / BASE_LINK)[2])
+    adapter = AdapterFolder.open(folder)
+    adapter.read(_adapted(folder / BASE_LINK, adapter.options.rank)[2])
 
 
 DOORS: dict[str, Callable[[Path], None]] = {
