@@ -93,9 +93,10 @@ def value_refusals(args: Namespace, given: Mapping[str, Any]) -> list[str]:
         args: the complete command line's.
         given: what the user's own flags say, by destination.
     """
+    # The rest divides by these.
+    if found := [*_not_finite(given), *_too_small(args)]:
+        return found
     return [
-        *_not_finite(given),
-        *_too_small(args),
         *_schedule(args),
         *_optimizer(args),
         *_router(args),
@@ -238,6 +239,10 @@ def _structure(args: Namespace, given: Mapping[str, Any]) -> list[str]:
     problems = []
     if str(args.attention_backend).endswith("local"):
         problems.append("--attention-backend local: the pinned Megatron takes it with its own --spec alone; use auto")
+    if given.get("experimental_attention_variant", "gated_delta_net") != "gated_delta_net":
+        problems.append(
+            f"--experimental-attention-variant {args.experimental_attention_variant}: gated_delta_net is built here"
+        )
     if given.get("position_embedding_type", "rope") != "rope":
         problems.append(
             f"--position-embedding-type {args.position_embedding_type}: the architecture chooses the decoder's own; "

@@ -83,6 +83,10 @@ REFUSED = {
     "layers left over PP": (f"{TINY} {PP} 3 --decoder-first-pipeline-num-layers 1", 3, ["3 layers", "2 stages"]),
     "VPP without PP": (f"{TINY} --num-virtual-stages-per-pipeline-rank 2", 1, ["--num-virtual", f"{PP} above 1"]),
     "VPP by layers without PP": (f"{TINY} --num-layers-per-virtual-pipeline-stage 1", 1, [f"{PP} above 1"]),
+    "VPP twice": (
+        f"{TINY} {PP} 2 --num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 1", 2,
+        ["--num-virtual-stages-per-pipeline-rank and --num-layers-per-virtual", "give one"],
+    ),
     "VPP over layers": (f"{TINY} {PP} 2 --num-virtual-stages-per-pipeline-rank 3", 2, ["2 layers per stage", "3"]),
     "FSDP with PP": (f"{TINY} {PP} 2 --use-megatron-fsdp --ckpt-format fsdp_dtensor", 2, ["USE_FSDP=0 or PP=1"]),
     "FSDP's format": (f"{TINY} --use-megatron-fsdp", 1, ["--ckpt-format torch_dist", "use --ckpt-format fsdp_dtensor"]),
