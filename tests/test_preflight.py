@@ -342,3 +342,26 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_providers_that_are_no_names(name: str) -> None:
     with pytest.raises(Refused, match=f"--dataset-provider {name}: expected package.module:function"):
         preflight([*TINY.split(), "--dataset-provider", name], LAPTOP, 1)
+
+
+def test_another_depth_of_multi_token_prediction(tmp_path: Path) -> None:
+    from tests.small_checkpoint import write
+
+    write(tmp_path, 4)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    (tmp_path / "hf").mkdir()
+    load = [*TINY.split(), "--load", str(tmp_path)]
+
+    def refused(*flags: str) -> str:
+        with pytest.raises(Refused) as refusal:
+            preflight([*load, *flags], LAPTOP, 1)
+        return str(refusal.value)
+
+    (tmp_path / "hf/config.json").write_text(json.dumps(VARIANTS["tiny"].to_hf()))
+    preflight(load, LAPTOP, 1)
+    assert "has checkpoints of a model with 1; give --mtp-num-layers 1, or --finetune" in refused(
+        "--mtp-num-layers", "0"
+    )
+    preflight([*load, "--mtp-num-layers", "0", "--finetune"], LAPTOP, 1)
+    (tmp_path / "hf/config.json").write_text(json.dumps(VARIANTS["tiny"].replace(mtp_num_layers=0).to_hf()))
+    assert "--mtp-num-layers 1: " in refused("--finetune") and "give --mtp-num-layers 0" in refused()

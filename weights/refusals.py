@@ -88,7 +88,27 @@ def checkpoint_refusals(
     if not (hf / "config.json").exists():
         return []
     try:
-        differing = spec.hf_weights.differences(config, described(spec, read_config(hf), hf))
+        theirs = described(spec, read_config(hf), hf)
     except FolderError as error:
         return [f"{flag} {error}"]
-    return [f"{flag} {folder}: its checkpoints are of another model: {difference}" for difference in differing]
+    differing = spec.hf_weights.differences(config, theirs)
+    if differing:
+        return [f"{flag} {folder}: its checkpoints are of another model: {difference}" for difference in differing]
+    return _mtp_refusals(args, f"{flag} {folder}", _mtp_layers(theirs))
+
+
+def _mtp_refusals(args: Namespace, where: str, theirs: int) -> list[str]:
+    """Refusals of a checkpoint with another depth of multi-token prediction, which starting anew may leave out."""
+    ours = args.mtp_num_layers or 0
+    starts_anew = args.finetune or args.load is None
+    if ours == theirs or (ours < theirs and starts_anew):
+        return []
+    fix = f"give --mtp-num-layers {theirs}"
+    if ours < theirs:
+        fix += ", or --finetune to start from its other weights"
+    return [f"--mtp-num-layers {ours}: {where} has checkpoints of a model with {theirs}; {fix}"]
+
+
+def _mtp_layers(config: ModelConfig) -> int:
+    words = config.to_flags()
+    return int(words[words.index("--mtp-num-layers") + 1]) if "--mtp-num-layers" in words else 0
