@@ -62,7 +62,7 @@ _WORKS = """
 --optimizer --lr --min-lr --lr-decay-style --lr-decay-iters --lr-warmup-iters --weight-decay --clip-grad
 --adam-beta1 --adam-beta2 --adam-eps --sgd-momentum
 --override-opt_param-scheduler --use-checkpoint-opt_param-scheduler
---eval-iters --eval-interval --full-validation
+--eval-iters --eval-interval
 --save --save-interval --load --finetune --ckpt-step --ckpt-format --exit-on-missing-checkpoint
 --pretrained-checkpoint --async-save --async-strategy --use-persistent-ckpt-worker
 --dist-ckpt-optim-fully-reshardable --no-save-optim --no-load-optim --no-load-rng

@@ -47,10 +47,10 @@ def test_a_full_disk_is_refused(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        (problem,) = output_folder.problems(options(tmp_path, save_adapter=str(tmp_path / "adapter"), save=""))
+        (problem,) = output_folder.problems(options(tmp_path / "checkpoints"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert problem.startswith(f"--save-adapter {tmp_path}/adapter: {tmp_path} can't be written (File too large)")
+    assert problem.startswith(f"--save {tmp_path}/checkpoints: {tmp_path} can't be written (File too large)")
 
 
 def test_older_checkpoints_are_refused(tmp_path: Path) -> None:
