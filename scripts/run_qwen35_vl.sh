@@ -18,13 +18,8 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))} # ranks; without a GPU 
 NNODES=${SLURM_JOB_NUM_NODES:-${NNODES:-1}} NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 TP=${TP:-1} EP=${EP:-1} PP=${PP:-1} CP=${CP:-1}
 counts GPUS_PER_NODE NNODES TP EP PP CP
-<<<<<<< HEAD
 indices NODE_RANK && switches DRY_RUN
-=======
-indices NODE_RANK
-switches DRY_RUN
 ((gpus == 0 || DRY_RUN || GPUS_PER_NODE <= gpus)) || die "GPUS_PER_NODE=$GPUS_PER_NODE: this machine shows $gpus (CUDA_VISIBLE_DEVICES)"
->>>>>>> 40b3b91 (Adapters, providers, ports and template arguments from outside are checked before use; more kinds in the campaign)
 case $LAUNCHER in
     torchrun)
         world=$((GPUS_PER_NODE * NNODES))
