@@ -42,7 +42,7 @@ from weights.adapter_check import implied_by_adapter, tuning_refusals
 from weights.check import DESCRIPTION, HfSource, described, is_hub_name, is_text_only, local_folder
 from weights.flags import add_flags as add_weights_flags
 from weights.folder import FolderError, has_processor, read_config, tensor_names
-from weights.refusals import checkpoint_refusals, flag_refusals, open_source
+from weights.refusals import checkpoint_refusals, flag_refusals, open_source, other_routers
 
 # What the training loop of this harness is made for; not a matter of taste.
 ALWAYS = (
@@ -290,6 +290,8 @@ def notices(args: Namespace, argv: list[str], start: checkpoints.Start) -> list[
     found = [f"{flag} has no effect here: {instead}" for flag, instead in RETIRED.items() if flag in given]
     if untested := untested_flags(argv):
         found.append(f"{', '.join(untested)}: not tested here; Megatron gets what you gave (docs/flags.md)")
+    if routers := other_routers(args):
+        found.append(f"{', '.join(routers)}: transformers routes tokens otherwise, so an export would answer otherwise")
     if args.context_parallel_size > 1 and "--cp-comm-type" not in given:
         kind = args.cp_comm_type[0]
         why = "heads divide by CP" if kind == "a2a" else "heads don't divide by CP, so no a2a"

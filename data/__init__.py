@@ -68,6 +68,27 @@ class DatasetProvider:
     always_images: bool = False
     field_name: Callable[[str], str] = str
 
+    def open(
+        self, args: Namespace, split: Split, processor: ProcessorMixin | None, model_inputs: ModelInputs
+    ) -> SampleDataset:
+        """One split, as `build` makes it.
+
+        Raises:
+            ValueError: `build` leaves the program, which could end with exit code 0, or makes something else.
+        """
+        where = f"--dataset-provider {self.name}: for the {split} split"
+        try:
+            dataset = self.build(args, split, processor, model_inputs)
+        except SystemExit as error:
+            raise ValueError(f"{where}, it left the program ({error!r})") from error
+        needed = ("__len__", "__getitem__", "size", "name", "fingerprint", "cache_dir", "without_pixels")
+        if lacking := [name for name in needed if not hasattr(dataset, name)]:
+            raise ValueError(
+                f"{where}, it gave a {type(dataset).__name__}, which has no {', '.join(lacking)}; "
+                "expected a data.sizes.SampleDataset, such as ConversationDataset"
+            )
+        return dataset
+
     def processor(self, args: Namespace, config: Mapping[str, Any]) -> ProcessorMixin | None:
         """The processor that the samples are made with: `--hf-processor-path`'s, or the one built in the repo.
 
@@ -159,6 +180,8 @@ def find_provider(name: str) -> DatasetProvider:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--dataset-provider {name}: {error}; is its folder on PYTHONPATH?") from error
+    except (Exception, SystemExit) as error:  # a module may raise anything, and leave with exit code 0
+        raise ValueError(f"--dataset-provider {name}: importing {module} failed: {error!r}") from error
     if isinstance(found, DatasetProvider):
         return found
     if not callable(found):

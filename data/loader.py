@@ -76,7 +76,7 @@ def _build_readers(
     ranks = _ranks(device)
     with_vision = mpu.is_pipeline_first_stage(ignore_virtual=True) and not args.language_model_only
     collate_packs = _collator(args, model_inputs, processor, with_vision=with_vision)
-    build = partial(find_provider(args.dataset_provider).build, args)
+    build = partial(find_provider(args.dataset_provider).open, args)
 
     def split(name: Split, micro_batch_size: int, global_batch_size: int, tag: int) -> BatchReader | None:
         dataset = build(name, processor, model_inputs)
@@ -124,6 +124,9 @@ def _build_readers(
             test = None
         else:
             valid.source.position = args.consumed_valid_samples
+            if args.full_validation:
+                # megatron-core 0.19.2 takes its number for a list of them (training/training.py:4384).
+                args.eval_iters, args.full_validation = len(valid), False
     if ranks.loads:
         readers = {"train": train, "validation": valid, "test": test}
         _check_shared_memory({name: r for name, r in readers.items() if r is not None}, args, model_inputs, with_vision)

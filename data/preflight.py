@@ -9,6 +9,7 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
+_OWN_PROVIDER = re.compile(r"(?!__main__\b)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -16,7 +17,9 @@ def refusals(args: Namespace) -> list[str]:
     """Everything wrong with the flags that say what is trained on, each with its fix."""
     problems = []
     name = args.dataset_provider
-    if ":" in name and importlib.util.find_spec(name.partition(":")[0].split(".")[0]) is None:
+    if ":" in name and not _OWN_PROVIDER.fullmatch(name):
+        problems.append(f"--dataset-provider {name}: expected package.module:function")
+    elif ":" in name and importlib.util.find_spec(name.partition(":")[0].split(".")[0]) is None:
         problems.append(f"--dataset-provider {name}: no such module; put its folder on PYTHONPATH")
     if name == "chat":
         problems += _paths(args.dataset_path)

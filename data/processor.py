@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -63,8 +64,8 @@ def read_processor(path: str, flag: str = "--hf-processor-path", *, text_only: b
     try:
         # Never True, never asked for: None would ask on standard input whether to run the folder's code.
         processor = reader.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path}: {error}") from error
+    except Exception as error:  # the tokenizers library raises that very class
+        raise ValueError(f"{flag} {path}: {_culprit(folder)}{error}") from error
     if text_only and isinstance(processor, PreTrainedTokenizerBase):
         processor = _with_images(processor)
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
@@ -86,6 +87,17 @@ def read_processor(path: str, flag: str = "--hf-processor-path", *, text_only: b
             )
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def _culprit(folder: Path) -> str:
+    """The file that a processor can't be read over, for a message; empty if it isn't the tokenizer's own."""
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception:
+            return "tokenizer.json can't be read: "
+    return ""
 
 
 def _with_images(tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:

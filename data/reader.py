@@ -155,7 +155,7 @@ class BatchReader(Iterator[Batch]):
         return self
 
     def __len__(self) -> int:
-        """Iterations of one evaluation, which Megatron asks for with `--full-validation`."""
+        """Iterations of one evaluation."""
         if self._evaluation_iterations is None:
             raise TypeError(f"{self.source.name} has no end")
         return self._evaluation_iterations

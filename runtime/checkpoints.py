@@ -254,6 +254,8 @@ def problem(load: Path, start: Start, ckpt_format: str, flag: str = "--load", *,
         flag: what names the folder, for the message.
         required: nothing to start from is a problem too.
     """
+    if os.path.lexists(load) and not load.is_dir():
+        return f"{flag} {load}: isn't a folder; give the folder of checkpoints (CKPT_LOAD)"
     if start.problem is not None:
         return start.problem.replace("--load", flag, 1)
     if start.folder is None:

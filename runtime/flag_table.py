@@ -33,7 +33,8 @@ class Entry:
     reason: str = ""
 
 
-# Flags that tests of this repository or its launcher run with.
+# Flags that a training of a test, a proof, a benchmark or the launcher runs with, or every run of an architecture:
+# `tests/test_flag_table.py` looks for each of them there.
 _WORKS = """
 --tensor-model-parallel-size --pipeline-model-parallel-size --sequence-parallel --context-parallel-size
 --expert-model-parallel-size --expert-tensor-parallel-size --decoder-first-pipeline-num-layers
@@ -48,13 +49,15 @@ _WORKS = """
 --linear-value-head-dim --linear-num-key-heads --linear-num-value-heads --mtp-num-layers --mtp-loss-scaling-factor
 --vocab-size --padded-vocab-size --num-experts --moe-router-topk --moe-ffn-hidden-size
 --moe-shared-expert-intermediate-size --moe-shared-expert-gate --moe-router-load-balancing-type
---moe-aux-loss-coeff --moe-router-dtype --moe-router-force-load-balancing --moe-token-dispatcher-type
+--moe-aux-loss-coeff --moe-router-score-function --moe-router-enable-expert-bias
+--moe-router-dtype --moe-router-force-load-balancing --moe-token-dispatcher-type
 --moe-grouped-gemm --moe-permute-fusion --moe-router-fusion
 --transformer-impl --attention-backend --no-persist-layer-norm --no-gradient-accumulation-fusion
 --no-masked-softmax-fusion --no-rope-fusion --no-initialization --bf16
 --recompute-granularity --recompute-method --recompute-num-layers --recompute-modules
 --micro-batch-size --global-batch-size --seq-length --train-iters --seed --num-workers --dataloader-type
 --tokenizer-type --split --data-cache-path --calculate-per-token-loss --rerun-mode --manual-gc --manual-gc-interval
+--no-check-for-nan-in-loss-and-grad
 --exit-interval
 --optimizer --lr --min-lr --lr-decay-style --lr-decay-iters --lr-warmup-iters --weight-decay --clip-grad
 --adam-beta1 --adam-beta2 --adam-eps --sgd-momentum
@@ -63,7 +66,6 @@ _WORKS = """
 --save --save-interval --load --finetune --ckpt-step --ckpt-format --exit-on-missing-checkpoint
 --pretrained-checkpoint --async-save --async-strategy --use-persistent-ckpt-worker
 --dist-ckpt-optim-fully-reshardable --no-save-optim --no-load-optim --no-load-rng
---exit-signal-handler
 --log-interval --log-params-norm --log-timers-to-tensorboard --log-memory-to-tensorboard --tensorboard-dir
 --logging-level --wandb-project --wandb-exp-name --wandb-save-dir --no-one-logger
 --profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler
@@ -120,6 +122,10 @@ _REFUSED = {
         "--squared-relu --quick-geglu --openai-gelu --glu-linear-offset --activation-func-clamp-value "
         "--use-te-activation-func --use-fused-weighted-squared-relu"
     ),
+    "attention's norms, biases and softmax are the architecture's": (
+        "--qk-l2-norm --add-qkv-bias --softmax-type --apply-query-key-layer-scaling"
+    ),
+    "experts see the whole hidden state": "--moe-latent-size",
     "weights are cut by --tensor-model-parallel-size": (
         "--tensor-parallel-num-weight-shards --expert-tensor-parallel-num-weight-shards"
     ),
@@ -142,6 +148,14 @@ _REFUSED = {
     ),
     "of an older Megatron; use --cuda-graph-impl and --cuda-graph-modules": (
         "--cuda-graph-scope --enable-cuda-graph --external-cuda-graph"
+    ),
+    "ranks would exchange nothing, so that every figure would be wrong": "--fake-process-group",
+    "the process groups would never be made": "--lazy-mpu-init",
+    "SIGTERM saves and ends a run without it, and CKPT_RESUME=1 goes on": (
+        "--adlr-autoresume --adlr-autoresume-interval --exit-signal-handler-for-training"
+    ),
+    "only a program that wraps pretrain() is restarted in its process; torchrun's --max-restarts restarts ranks": (
+        "--inprocess-restart"
     ),
     "there is no reinforcement learning here": "--perform-rl-step --refit-method",
     "of Megatron-LM's inference; scripts/generate.py answers": "--inference-rng-tracker",
@@ -206,9 +220,16 @@ _NO_EFFECT = {
         "--mlp-chunks-for-prefill --moe-pad-experts-for-cuda-graph-inference --num-speculative-tokens"
     ),
     "only a handler of the whole process exists": "--exit-signal-handler-for-dataloader",
+    "NVIDIA's one-logger is off": (
+        "--one-logger-project --one-logger-run-name --one-logger-async --app-tag-run-name --app-tag-run-version"
+    ),
+    "of layers that only Megatron-LM's own --spec builds": (
+        "--use-grouped-gemm-for-dense-mlp --use-kitchen-attention --kitchen-attention-backend"
+    ),
     "no reached code reads it": (
-        "--onnx-safe --check-for-spiky-loss --inprocess-max-iterations --inprocess-progress-watchdog-interval "
-        "--logits-load-decode-threads --logits-load-prefetch-factor --logits-load-msc-prefetch-depth "
+        "--onnx-safe --check-for-spiky-loss --apply-residual-connection-post-layernorm "
+        "--dist-ckpt-save-pre-mcore-014 --enable-full-sharding-in-hsdp --logits-load-decode-threads "
+        "--logits-load-prefetch-factor --logits-load-msc-prefetch-depth "
         "--logits-load-kd-loss-alpha --logits-load-ignore-errors --te-precision-config-file"
     ),
 }
@@ -217,10 +238,14 @@ _NO_EFFECT_BY_PREFIX = {
     "--grpo-": "of Megatron-LM's reinforcement learning",
     "--langrl-": "of Megatron-LM's reinforcement learning",
     "--inference-": "of Megatron-LM's inference; scripts/generate.py answers",
+    "--inprocess-": "of restarts in the process, which this program hasn't",
+    "--muon-": "--optimizer is adam or sgd",
+    "--lion-": "--optimizer is adam or sgd",
 }
 # What they ask for is so already, or is nothing: accepted without a word.
 _HARMLESS = """
 --use-mcore-models --use-flash-attn --use-dist-ckpt --dist-ckpt-format --ckpt-fully-parallel-save --disable-msc
+--exit-signal-handler --attention-softmax-in-fp32
 """
 
 

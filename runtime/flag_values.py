@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtime.flag_needs import unmet_needs
-from runtime.megatron_flags import Flag, dest_of, megatron_flags
+from runtime.megatron_flags import Flag, flags_by_name, megatron_flags
 from runtime.recomputation import recomputation_refusals
 
 # Flag -> the least that it can be; other numbers of the schedule and of the logs may be anything.
@@ -43,6 +43,44 @@ _LEAST: Mapping[str, float] = {
     "--hidden-dropout": 0,
     "--recompute-num-layers": 1,
     "--eval-micro-batch-size": 1,
+    "--save-params-interval": 1,
+    "--save-activations-interval": 1,
+    "--save-tokens-per-expert-interval": 1,
+    "--save-wgrads-interval": 1,
+    "--save-dgrads-interval": 1,
+    "--check-weight-hash-across-dp-replicas-interval": 1,
+    "--gpu-sniff-test-interval": 1,
+    "--log-memory-interval": 1,
+    "--train-sync-interval": 1,
+    "--tensorboard-queue-size": 1,
+    "--dist-ckpt-workers": 1,
+    "--ddp-bucket-size": 1,
+    "--ddp-num-buckets": 1,
+    "--exit-duration-in-mins": 1,
+    "--start-eval-at-iter": 0,
+    "--lr-wsd-decay-iters": 1,
+    "--microbatch-group-size-per-virtual-pipeline-stage": 1,
+    "--distributed-timeout-seconds-after-init": 1,
+    "--num-distributed-optimizer-instances": 1,
+    "--profile-step-start": 0,
+    "--profile-step-end": 1,
+    "--profile-ranks": 0,
+    "--loss-scale": 1,
+    "--loss-scale-window": 1,
+    "--hysteresis": 1,
+    "--initial-loss-scale": 1,
+    "--min-loss-scale": 0,
+    "--moe-z-loss-coeff": 0,
+    "--moe-expert-capacity-factor": 0,
+    "--moe-input-jitter-eps": 0,
+    "--override-ckpt-iteration": 0,
+    "--decoupled-lr": 0,
+    "--decoupled-min-lr": 0,
+    "--start-weight-decay": 0,
+    "--end-weight-decay": 0,
+    "--sgd-momentum": 0,
+    "--init-method-std": 0,
+    "--norm-epsilon": 0,
     "--eval-global-batch-size": 1,
 }
 _BELOW_ONE = ("--adam-beta1", "--adam-beta2", "--attention-dropout", "--hidden-dropout")
@@ -55,9 +93,10 @@ def value_refusals(args: Namespace, given: Mapping[str, Any]) -> list[str]:
         args: the complete command line's.
         given: what the user's own flags say, by destination.
     """
+    # The rest divides by these.
+    if found := [*_not_finite(given), *_too_small(args)]:
+        return found
     return [
-        *_not_finite(given),
-        *_too_small(args),
         *_schedule(args),
         *_optimizer(args),
         *_router(args),
@@ -86,13 +125,13 @@ def _floats() -> list[Flag]:
 def _too_small(args: Namespace) -> list[str]:
     found = []
     for flag, least in _LEAST.items():
-        value = getattr(args, dest_of(flag))
+        value = getattr(args, flags_by_name()[flag].dest)
         for each in value if isinstance(value, list) else [value]:
             if each is not None and each < least:
                 found.append(f"{flag} {each}: has to be at least {least:g}")
     for flag in _BELOW_ONE:
-        if getattr(args, dest_of(flag)) >= 1:
-            found.append(f"{flag} {getattr(args, dest_of(flag))}: has to be below 1")
+        if (value := getattr(args, flags_by_name()[flag].dest)) >= 1:
+            found.append(f"{flag} {value}: has to be below 1")
     return found
 
 
@@ -107,8 +146,25 @@ def _schedule(args: Namespace) -> list[str]:
         end, flag = args.train_iters, "--train-iters"
     if end is not None and args.lr_warmup_iters >= max(end, 1) and args.lr_warmup_iters > 0:
         problems.append(f"--lr-warmup-iters {args.lr_warmup_iters}: has to be below {flag} {end}; lower it")
+    if args.lr is not None and args.lr_warmup_init > args.lr:
+        problems.append(f"--lr-warmup-init {args.lr_warmup_init}: above --lr {args.lr}; the rate rises from it")
+    first, last = args.start_weight_decay, args.end_weight_decay
+    if first is not None and last is not None and last < first:
+        problems.append(f"--end-weight-decay {last}: below --start-weight-decay {first}; it may only rise")
     if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
         problems.append("--lr-decay-style WSD: needs --lr-wsd-decay-iters")
+    wsd = args.lr_wsd_decay_iters
+    if wsd is not None and end is not None and wsd > end:
+        problems.append(f"--lr-wsd-decay-iters {wsd}: above {flag} {end}; lower it")
+    if args.save and args.save_retain_interval is not None and args.save_retain_interval % args.save_interval:
+        problems.append(
+            f"--save-retain-interval {args.save_retain_interval}: not a multiple of --save-interval "
+            f"{args.save_interval}"
+        )
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        problems.append(
+            f"--profile-step-end {args.profile_step_end}: not above --profile-step-start {args.profile_step_start}"
+        )
     if args.lr is None and not args.skip_train:
         problems.append("--lr is missing: the highest learning rate")
     return problems
@@ -139,7 +195,7 @@ def _router(args: Namespace) -> list[str]:
     if args.moe_router_topk == 1 and args.moe_router_score_function == "softmax" and not args.moe_router_pre_softmax:
         problems.append(
             "--moe-router-topk 1: the softmax over one chosen expert is constant, so the router would learn nothing; "
-            "add --moe-router-pre-softmax"
+            "use at least 2, or add --moe-router-pre-softmax, which transformers hasn't"
         )
     if "global_aux_loss" in kinds:
         problems.append(
@@ -183,6 +239,10 @@ def _structure(args: Namespace, given: Mapping[str, Any]) -> list[str]:
     problems = []
     if str(args.attention_backend).endswith("local"):
         problems.append("--attention-backend local: the pinned Megatron takes it with its own --spec alone; use auto")
+    if given.get("experimental_attention_variant", "gated_delta_net") != "gated_delta_net":
+        problems.append(
+            f"--experimental-attention-variant {args.experimental_attention_variant}: gated_delta_net is built here"
+        )
     if given.get("position_embedding_type", "rope") != "rope":
         problems.append(
             f"--position-embedding-type {args.position_embedding_type}: the architecture chooses the decoder's own; "

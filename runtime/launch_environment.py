@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 
 
 def world_size() -> int:
@@ -35,7 +36,21 @@ def problems(ranks: int) -> list[str]:
         ("LOCAL_RANK", 0, ranks - 1),
     )
     found = (_problem(name, os.environ.get(name), least, most) for name, least, most in bounds)
-    return [problem for problem in found if problem]
+    return [problem for problem in found if problem] or _port(ranks)
+
+
+def _port(ranks: int) -> list[str]:
+    """Refusal of a MASTER_PORT that the first rank of several couldn't listen at; torchrun's agent has done so."""
+    port = os.environ.get("MASTER_PORT")
+    if not port or ranks == 1 or os.environ.get("RANK", "0") != "0" or "TORCHELASTIC_RUN_ID" in os.environ:
+        return []
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch: a port that is closing will do
+        try:
+            listener.bind(("", int(port)))
+        except OSError as error:
+            return [f"MASTER_PORT={port}: {error.strerror}; give another, the same on every node"]
+    return []
 
 
 def _problem(name: str, text: str | None, least: int, most: int | None) -> str | None:

@@ -101,6 +101,12 @@ def megatron_flags() -> tuple[Flag, ...]:
     return tuple(Flag(**{**each, **changed}) for each, changed in zip(listed, tuples, strict=True))
 
 
+@cache
+def flags_by_name() -> dict[str, Flag]:
+    """The same by every spelling."""
+    return {name: flag for flag in megatron_flags() for name in flag.names}
+
+
 def dest_of(flag: str) -> str:
     """argparse's rule for the attribute that holds a flag's value."""
     return flag[2:].replace("-", "_")

@@ -25,14 +25,14 @@ class FolderInUse(RuntimeError):
 
 
 def problems(args: Namespace) -> list[str]:
-    """Refusals of what a run would write into: `--save`, `--tensorboard-dir` and `--save-hf`.
+    """Refusals of the folders that a run would write into.
 
     Args:
-        args: the effective flags; `save`, `load`, `finetune`, `overwrite_checkpoints`, `tensorboard_dir`, `save_hf`.
+        args: the effective flags: those that name them, `load`, `finetune` and `overwrite_checkpoints`.
     """
     if os.environ.get("RANK", "0") != "0":
         return []  # one rank's look is enough; others may come when the first has begun to write
-    flags = ("--save", "--tensorboard-dir", "--save-hf")
+    flags = ("--save", "--tensorboard-dir", "--save-hf", "--save-adapter", "--dump-bad-batch")
     folders = [(flag, vars(args)[flag[2:].replace("-", "_")]) for flag in flags]
     found = [problem for flag, folder in folders if folder for problem in _unwritable(flag, Path(folder))]
     if args.save and not found:
@@ -56,7 +56,9 @@ def _unwritable(flag: str, folder: Path) -> list[str]:
     if not there.is_dir():
         return [f"{flag} {folder}: {there} is a file; give another folder (OUTPUT_DIR)"]
     try:
-        tempfile.TemporaryFile(dir=there).close()  # permissions alone don't say it: read-only disks, root, quotas
+        # Permissions alone don't say it: read-only disks, root; nor does an empty file: full disks, quotas.
+        with tempfile.TemporaryFile(dir=there, buffering=0) as file:
+            file.write(bytes(4096))
     except OSError as error:
         return [f"{flag} {folder}: {there} can't be written ({error.strerror}); give another folder (OUTPUT_DIR)"]
     return []

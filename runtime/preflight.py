@@ -355,6 +355,13 @@ def _pipeline(args: Namespace) -> list[str]:
             if value is not None
         ]
     problems = []
+    stages = {
+        "--num-virtual-stages-per-pipeline-rank": args.num_virtual_stages_per_pipeline_rank,
+        "--num-layers-per-virtual-pipeline-stage": args.num_layers_per_virtual_pipeline_stage,
+        "--pipeline-model-parallel-layout": args.pipeline_model_parallel_layout,
+    }
+    if len(given := [flag for flag, value in stages.items() if value is not None]) > 1:
+        problems.append(f"{' and '.join(given)}: each divides the layers among stages; give one")
     if args.use_megatron_fsdp:
         problems.append(
             f"--use-megatron-fsdp with --pipeline-model-parallel-size {pp}: megatron-core 0.19.2 doesn't check it and "

@@ -40,6 +40,7 @@ def main() -> None:
 
     # First, since importing torch takes seconds.
     signal.signal(signal.SIGTERM, pass_on)
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.run import main as torchrun
 
@@ -47,7 +48,10 @@ def main() -> None:
         raise SignalException(f"the ranks haven't ended {text} seconds after SIGTERM", sigval=signal.SIGTERM)
 
     signal.signal(signal.SIGALRM, stop)
-    torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    try:
+        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    except DistNetworkError as error:
+        raise SystemExit(f"Refused: the nodes can't meet (MASTER_ADDR, MASTER_PORT): {error}") from error
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def evaluate(checkpoint: Path) -> None:
     model = model[0].eval()
     test = DATASET_PROVIDERS["receipts"]
     inputs = spec.model_inputs(config)
-    dataset = test.build(args, "test", test.processor(args, config.to_hf()), inputs)
+    dataset = test.open(args, "test", test.processor(args, config.to_hf()), inputs)
     assert isinstance(dataset, ConversationDataset)
     pad_token_id = dataset.processor.tokenizer.pad_token_id
     losses = {

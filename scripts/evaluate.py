@@ -120,7 +120,7 @@ def open_dataset(args: Namespace, split: Split, model: HfModel) -> ConversationD
     options.chat_template_kwargs = args.chat_template_kwargs or model.template_arguments
     options.language_model_only = model.text_only
     options.split = args.cut_rows  # which is what training calls --split
-    dataset = provider.build(options, split, model.processor, model.inputs)
+    dataset = provider.open(options, split, model.processor, model.inputs)
     if not isinstance(dataset, ConversationDataset):
         raise ValueError(f"--dataset-provider {args.dataset_provider}: its samples aren't conversations")
     return dataset

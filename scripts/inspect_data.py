@@ -59,7 +59,7 @@ def main() -> None:
         provider = find_provider(args.dataset_provider)
         processor = provider.processor(args, config.to_hf())
         model_inputs = spec.model_inputs(config)
-        dataset = provider.build(args, options.of, processor, model_inputs)
+        dataset = provider.open(args, options.of, processor, model_inputs)
         sizes = measure(dataset, workers=args.num_workers)
     except ValueError as error:
         sys.exit(f"Refused: {error}")

@@ -7,8 +7,8 @@ source "$root/scripts/env.sh"
 
 note() { echo "run_qwen35_vl.sh: $*" >&2; }
 die() { note "$@"; exit 2; }
-counts() { for name; do [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: expected a number above 0"; done; }
-indices() { for name; do [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || die "$name=${!name}: expected a number"; done; }
+counts() { for name; do [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] || die "$name=${!name}: expected a number above 0"; done; }
+indices() { for name; do [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "$name=${!name}: expected a number"; done; }
 switches() { for name; do [[ ${!name} =~ ^[01]$ ]] || die "$name=${!name}: expected 0 or 1"; done; }
 
 # Where it runs
@@ -19,6 +19,7 @@ NNODES=${SLURM_JOB_NUM_NODES:-${NNODES:-1}} NODE_RANK=${NODE_RANK:-${SLURM_NODEI
 TP=${TP:-1} EP=${EP:-1} PP=${PP:-1} CP=${CP:-1}
 counts GPUS_PER_NODE NNODES TP EP PP CP
 indices NODE_RANK && switches DRY_RUN
+((gpus == 0 || DRY_RUN || GPUS_PER_NODE <= gpus)) || die "GPUS_PER_NODE=$GPUS_PER_NODE: this machine shows $gpus (CUDA_VISIBLE_DEVICES)"
 case $LAUNCHER in
     torchrun)
         world=$((GPUS_PER_NODE * NNODES))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
 
 import arguments
 from arguments import Refused, preflight
-from runtime.flag_table import DOCUMENT, Effect, flag_table, markdown, named_flags
+from models import MODEL_REGISTRY
+from runtime.flag_table import DOCUMENT, Effect, flag_table, given_flags, markdown, named_flags
 from runtime.machine import Machine
 from runtime.megatron_flags import Flag, megatron_flags
 
@@ -47,6 +51,47 @@ def test_the_document_is_the_table_s() -> None:
     assert DOCUMENT.read_text() == markdown()
 
 
+ROOT = DOCUMENT.parents[1]
+# What trains, besides tests: the launcher, benchmarks and proofs, and the flags that every run gets.
+PROGRAMS = ("arguments.py", "proofs/*.py", "scripts/benchmark_train.py", "scripts/check_*.py", "tests/*_losses.py")
+# How a test trains, or looks at the data as training does.
+TRAINING = re.compile(
+    r"train_jobs|training_server|tiny_pretrain|fsdp_runs|state_runs|build_model|inspect_data|arguments\.resolve\("
+)
+ONLY_LOOKED_AT = {
+    *("test_arguments.py", "test_command_lines.py", "test_flag_table.py", "test_hf_arguments.py", "test_launcher.py"),
+    *("test_preflight.py", "test_readme.py", "test_rooms.py"),
+}
+
+
+def words_of(file: Path) -> Iterator[str]:
+    """The words of a Python file's texts, but not of docstrings and errors, nor the names of its own options."""
+    tree = ast.parse(file.read_text())
+    spoken = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    spoken |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.Raise) for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            spoken |= {id(argument) for argument in node.args}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in spoken:
+            yield from node.value.split()
+
+
+def flags_trained_with() -> set[str]:
+    files = [file for pattern in PROGRAMS for file in ROOT.glob(pattern)]
+    tests = [file for file in (ROOT / "tests").rglob("*.py") if file.name not in ONLY_LOOKED_AT]
+    files += [file for file in tests if TRAINING.search(file.read_text())]
+    words = {word for file in files for word in words_of(file)}
+    words |= {word for spec in MODEL_REGISTRY.values() for model in spec.variants.values() for word in model.to_flags()}
+    launcher = re.sub(r"#.*", "", (ROOT / "scripts/run_qwen35_vl.sh").read_text())
+    words |= set(re.findall(r"--[a-z][\w-]*", launcher))
+    return set(given_flags(words))
+
+
+def test_flags_that_work_are_trained_with() -> None:
+    table = flag_table()
+    assert [flag for flag in table if table[flag].effect is Effect.WORKS and flag not in flags_trained_with()] == []
+
+
 def test_flags_that_do_nothing_are_refused_unless_harmless() -> None:
     for flag in megatron_flags():
         entry = flag_table()[flag.names[0]]
@@ -59,9 +104,8 @@ def test_flags_that_do_nothing_are_refused_unless_harmless() -> None:
 
 
 def test_flags_that_our_code_reads_are_not_said_to_do_nothing() -> None:
-    root = DOCUMENT.parents[1]
-    files = [path for room in ("data", "models", "runtime", "weights") for path in (root / room).rglob("*.py")]
-    read = set(re.findall(r"\bargs\.(\w+)", "".join(path.read_text() for path in [*files, root / "arguments.py"])))
+    files = [path for room in ("data", "models", "runtime", "weights") for path in (ROOT / room).rglob("*.py")]
+    read = set(re.findall(r"\bargs\.(\w+)", "".join(path.read_text() for path in [*files, ROOT / "arguments.py"])))
     idle = [flag for flag in megatron_flags() if flag_table()[flag.names[0]].reason]
     assert [flag.names[0] for flag in idle if flag.dest in read] == []
 
@@ -75,6 +119,14 @@ VALUES = {
     "--lr inf": "--lr inf: give a finite number",
     "--lr nan": "--lr nan: give a finite number",
     "--lr 5e-7 --min-lr 1e-6": "--min-lr 1e-06: above --lr 5e-07",
+    "--lr-warmup-init 2e-3": "--lr-warmup-init 0.002: above --lr 0.001",
+    "--weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1": "--end-weight-decay 0.1: below",
+    "--save-params-interval 0": "--save-params-interval 0: has to be at least 1",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 9": "--lr-wsd-decay-iters 9: above --train-iters 4",
+    "--profile --profile-step-start 3 --profile-step-end 3": "--profile-step-end 3: not above --profile-step-start 3",
+    "--experimental-attention-variant dsa": "--experimental-attention-variant dsa: gated_delta_net is built here",
+    "--save-interval 0 --save-retain-interval 4 --save /tmp": "--save-interval 0: has to be at least 1",
+    "--log-interval 0 --log-memory-interval 4": "--log-interval 0: has to be at least 1",
     "--eval-interval 0": "--eval-interval 0: has to be at least 1",
     "--save-interval 0": "--save-interval 0: has to be at least 1",
     "--train-iters -1": "--train-iters -1: has to be at least 1",

@@ -90,7 +90,7 @@ def test_chats_with_broken_rows(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     page, listed = tmp_path / "page.html", tmp_path / "list.json"
-    printed = run("--dataset-path", file, "--html", page, "--json", listed, "--samples", "6")
+    printed = run("--dataset-path", file, "--split", "1,0,0", "--html", page, "--json", listed, "--samples", "6")
     found = json.loads(listed.read_text())
     assert [list(entry) for entry in found] == [KEYS] * len(rows)
     assert found[0] | {"tokens": 0} == {

@@ -103,6 +103,8 @@ def test_defaults_with_gpus(tmp_path: Path) -> None:
     assert value(flags, "--ckpt-format") == "fsdp_dtensor" and "--use-megatron-fsdp" in flags
     assert value(flags, "--data-parallel-sharding-strategy") == "optim_grads_params"
     assert start[1:3] == ["-u", "CUDA_DEVICE_MAX_CONNECTIONS"]  # FSDP refuses 1
+    refused = launch(library_path=tmp_path, GPUS_PER_NODE="3", DRY_RUN="0")
+    assert refused.returncode == 2 and "GPUS_PER_NODE=3: this machine shows 2" in refused.stderr
     for variables in ({"USE_FSDP": "0"}, {"GPUS_PER_NODE": "1"}, {"PP": "2"}):
         start, flags = command_of(launch("--allow-slow-kernels", library_path=tmp_path, **variables))
         assert "--use-megatron-fsdp" not in flags and "CUDA_DEVICE_MAX_CONNECTIONS=1" in start
@@ -217,6 +219,7 @@ REFUSED = {
     "not a number": ({"TP": "abc"}, "TP=abc: expected a number above 0"),
     "zero": ({"GBS": "0"}, "GBS=0: expected a number above 0"),
     "arithmetic": ({"MBS": "a[$(exit)]"}, "MBS=a[$(exit)]: expected a number above 0"),
+    "number beyond arithmetic": ({"TP": "18446744073709551617"}, "TP=18446744073709551617: expected a number above 0"),
     "experts": ({"NUM_EXPERTS": "-1"}, "NUM_EXPERTS=-1: expected a number"),
     "switch": ({"USE_FSDP": "yes"}, "USE_FSDP=yes: expected 0 or 1"),
     "launcher": ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: expected torchrun or python"),

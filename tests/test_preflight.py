@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,6 +83,10 @@ REFUSED = {
     "layers left over PP": (f"{TINY} {PP} 3 --decoder-first-pipeline-num-layers 1", 3, ["3 layers", "2 stages"]),
     "VPP without PP": (f"{TINY} --num-virtual-stages-per-pipeline-rank 2", 1, ["--num-virtual", f"{PP} above 1"]),
     "VPP by layers without PP": (f"{TINY} --num-layers-per-virtual-pipeline-stage 1", 1, [f"{PP} above 1"]),
+    "VPP twice": (
+        f"{TINY} {PP} 2 --num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 1", 2,
+        ["--num-virtual-stages-per-pipeline-rank and --num-layers-per-virtual", "give one"],
+    ),
     "VPP over layers": (f"{TINY} {PP} 2 --num-virtual-stages-per-pipeline-rank 3", 2, ["2 layers per stage", "3"]),
     "FSDP with PP": (f"{TINY} {PP} 2 --use-megatron-fsdp --ckpt-format fsdp_dtensor", 2, ["USE_FSDP=0 or PP=1"]),
     "FSDP's format": (f"{TINY} --use-megatron-fsdp", 1, ["--ckpt-format torch_dist", "use --ckpt-format fsdp_dtensor"]),
@@ -319,3 +324,44 @@ def test_a_checkpoint_of_another_depth(tmp_path: Path, flag: str) -> None:
             continue
         with pytest.raises(Refused, match=r"num_layers is 4 by the flags and 6 in the folder's config\.json"):
             preflight([*TINY.split(), flag, str(tmp_path)], LAPTOP, 1)
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(Refused, match=f"MASTER_PORT={port}: Address already in use; give another"):
+            preflight(TINY.split(), LAPTOP, 2)
+        monkeypatch.setenv("RANK", "1")  # the first rank's may be there by then
+        preflight(TINY.split(), LAPTOP, 2)
+
+
+@pytest.mark.parametrize("name", [":build", "module:", "a b:build", ".here:build", "__main__:build", "module:a:b"])
+def test_providers_that_are_no_names(name: str) -> None:
+    with pytest.raises(Refused, match=f"--dataset-provider {name}: expected package.module:function"):
+        preflight([*TINY.split(), "--dataset-provider", name], LAPTOP, 1)
+
+
+def test_another_depth_of_multi_token_prediction(tmp_path: Path) -> None:
+    from tests.small_checkpoint import write
+
+    write(tmp_path, 4)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    (tmp_path / "hf").mkdir()
+    load = [*TINY.split(), "--load", str(tmp_path)]
+
+    def refused(*flags: str) -> str:
+        with pytest.raises(Refused) as refusal:
+            preflight([*load, *flags], LAPTOP, 1)
+        return str(refusal.value)
+
+    (tmp_path / "hf/config.json").write_text(json.dumps(VARIANTS["tiny"].to_hf()))
+    preflight(load, LAPTOP, 1)
+    assert "has checkpoints of a model with 1; give --mtp-num-layers 1, or --finetune" in refused(
+        "--mtp-num-layers", "0"
+    )
+    preflight([*load, "--mtp-num-layers", "0", "--finetune"], LAPTOP, 1)
+    (tmp_path / "hf/config.json").write_text(json.dumps(VARIANTS["tiny"].replace(mtp_num_layers=0).to_hf()))
+    assert "--mtp-num-layers 1: " in refused("--finetune") and "give --mtp-num-layers 0" in refused()

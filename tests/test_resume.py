@@ -207,13 +207,18 @@ def test_every_line_of_the_log_has_its_own_loss(server: TrainingServer, tmp_path
 
 
 def test_finetuning_starts_anew(server: TrainingServer, folder: Path) -> None:
-    """Only the weights come from the checkpoint: the first step counts as the first and reads the first samples."""
+    """Only the weights come from the checkpoint: the first step counts as the first and reads the first samples.
+
+    A `--pretrained-checkpoint` is the same.
+    """
     layout, saved = LAYOUTS["one"], folder / "finetune"
     first = train(server, folder / "first", layout, 2, "--save", str(saved), "--save-interval", "2")
     tuned = train(server, folder / "tuned", layout, 2, "--load", str(saved), "--finetune")
     assert [step.iteration for step in tuned.steps()] == [1, 2]
     assert [step.samples for step in tuned.steps()] == [step.samples for step in first.steps()]
     assert tuned.steps()[0].losses != first.steps()[0].losses
+    pretrained = train(server, folder / "pretrained", layout, 2, "--pretrained-checkpoint", str(saved))
+    assert pretrained.steps() == tuned.steps()
 
 
 @pytest.mark.parametrize("flags", [(), pytest.param(("--async-save",), marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ module that holds the tensors, and wraps the second tensor of a module around th
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from models.adapters import A, AdapterMap, B, LoraOptions, peft_targets, stacked_tensors
 from models.json_files import JsonError, read_object
-from weights.folder import FolderError, new_folder, read_header
+from models.json_schema import Check, Integer, ListOf, Number, Text, boolean, either, null, problems
+from weights.folder import ITEM_SIZES, FolderError, new_folder, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _INNER, _OUTER = "gate_up_proj", "down_proj"  # which of an experts module's tensors peft wraps first
+_NAMES = ListOf(Text(), 0, 1_000_000)
+# The fields that are read here.
+_SCHEMA: Mapping[str, Check] = {
+    "peft_type": Text(),
+    "r": Integer(1, 2**16),
+    "lora_alpha": Number(0, 2**20, inclusive=False),
+    "lora_dropout": Number(0, 1),
+    "use_rslora": boolean,
+    "target_modules": either(Text(1_000_000), _NAMES, null),
+    "target_parameters": either(_NAMES, null),
+    "base_model_name_or_path": either(Text(), null),
+}
 # What peft's LoRA can do and this harness can't: field -> the values that ask for nothing.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -66,28 +80,29 @@ class AdapterFolder:
         path = Path(path).expanduser()
         if not path.is_dir():
             raise FolderError(path, ["no such folder"])
-        if not (path / CONFIG).is_file():
+        if not os.path.lexists(path / CONFIG):
             raise FolderError(path, [f"it has no {CONFIG}; give a peft adapter's folder"])
         try:
             config = read_object(path / CONFIG)
-            rank, alpha = int(config["r"]), float(config["lora_alpha"])
         except JsonError as error:
             raise FolderError(path, [f"{CONFIG}: {error.reason}"]) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise FolderError(path, [f"{CONFIG} can't be read: {error!r}"]) from error
-        if not (path / MODEL).is_file():
+        if not os.path.lexists(path / MODEL):
             raise FolderError(path, [f"it has no {MODEL}; pickled adapters aren't read"])
-        problems = []
-        if config.get("peft_type") != "LORA" or rank < 1 or alpha <= 0:
-            problems.append(f"{CONFIG}: peft_type {config.get('peft_type')}, r {rank}, lora_alpha {alpha}: not LoRA's")
-        problems += [
+        wrong = problems(config, _SCHEMA, f"{CONFIG}: ", required=("peft_type", "r", "lora_alpha"))
+        if config.get("peft_type") not in (None, "LORA"):
+            wrong.append(f"{CONFIG}: peft_type {config['peft_type']!r} isn't built here; LORA is")
+        wrong += [
             f"{CONFIG}: {field} {config[field]!r} isn't built here"
             for field, plain in _PLAIN.items()
             if field in config and config[field] not in plain
         ]
-        if problems:
-            raise FolderError(path, problems)
-        return cls(path, config, {name: shape for name, (shape, _) in read_header(path / MODEL).items()})
+        if wrong:
+            raise FolderError(path, wrong)
+        header = read_header(path / MODEL)
+        strange = [f"{MODEL}: {name} is {dtype}" for name, (_, dtype) in header.items() if dtype not in ITEM_SIZES]
+        if strange:
+            raise FolderError(path, [f"{each}; it has to be one of {', '.join(ITEM_SIZES)}" for each in strange[:20]])
+        return cls(path, config, {name: shape for name, (shape, _) in header.items()})
 
     @property
     def options(self) -> LoraOptions:
@@ -128,11 +143,18 @@ class AdapterFolder:
             raise FolderError(self.path, problems[:20])
 
     def read(self, mapping: AdapterMap) -> dict[str, Tensor]:
-        """All tensors by the table's names; those of MTP, which peft's format hasn't, are left out."""
+        """All tensors by the table's names; those of MTP, which peft's format hasn't, are left out.
+
+        Raises:
+            FolderError: not the table's tensors, or values that aren't finite.
+        """
         from safetensors.torch import load_file
 
         self.check(mapping)
-        return from_peft(load_file(self.path / MODEL), mapping)
+        tensors = load_file(self.path / MODEL)
+        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise FolderError(self.path, [f"{MODEL}: {name} has NaN or infinity in it" for name in bad[:20]])
+        return from_peft(tensors, mapping)
 
 
 def peft_shapes(mapping: AdapterMap) -> dict[str, tuple[int, ...]]:

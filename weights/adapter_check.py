@@ -14,7 +14,7 @@ from models.trained import frozen_names, rate_factors
 from runtime import checkpoints
 from weights.adapter import AdapterFolder
 from weights.base import OWN_BASE, RECORD, BaseRecord
-from weights.folder import FolderError, HfFolder, has_weights
+from weights.folder import FolderError, HfFolder, has_weights, occupied
 
 
 def implied_by_adapter(given: Mapping[str, Any]) -> list[str]:
@@ -167,8 +167,8 @@ def _combinations(args: Namespace) -> list[str]:
 def _files(args: Namespace, mapping: AdapterMap, start: checkpoints.Start) -> list[str]:
     """Refusals of the folders that the flags name."""
     problems = []
-    if args.save_adapter is not None and has_weights(Path(args.save_adapter)):
-        problems.append(f"--save-adapter {args.save_adapter}: there is an adapter already; give a new folder")
+    if args.save_adapter is not None and (there := occupied(Path(args.save_adapter))):
+        problems.append(f"--save-adapter {args.save_adapter}: {there}; give a new folder")
     try:
         if args.load_adapter is not None:
             AdapterFolder.open(args.load_adapter).check(mapping)

@@ -164,17 +164,12 @@ def read_template_arguments(path: Path) -> str:
     Raises:
         FolderError: the file isn't a JSON object.
     """
-    file = path / TEMPLATE_ARGUMENTS
-    if not file.is_file():
+    if not os.path.lexists(path / TEMPLATE_ARGUMENTS):
         return "{}"
-    text = file.read_text()
     try:
-        is_object = isinstance(json.loads(text), dict)
-    except ValueError:
-        is_object = False
-    if not is_object:
-        raise FolderError(path, [f"{TEMPLATE_ARGUMENTS} isn't a JSON object"])
-    return text
+        return json.dumps(read_object(path / TEMPLATE_ARGUMENTS))
+    except JsonError as error:
+        raise FolderError(path, [f"{TEMPLATE_ARGUMENTS}: {error.reason}"]) from error
 
 
 def sidecar_files(path: Path) -> list[Path]:

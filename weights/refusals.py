@@ -9,6 +9,7 @@ from typing import Any
 from models import ModelConfig, ModelSpec
 from models.spec import HfWeights
 from runtime import checkpoints
+from runtime.megatron_flags import dest_of
 from weights.check import HfSource, check_folder, described
 from weights.folder import FolderError, HfFolder, occupied, parse_size, read_config
 
@@ -21,6 +22,8 @@ def flag_refusals(args: Namespace, spec: ModelSpec[Any]) -> list[str]:
     problems = []
     if args.save_hf_interval is not None and (args.save_hf is None or args.save_hf_interval < 1):
         problems.append(f"--save-hf-interval {args.save_hf_interval}: needs --save-hf DIR and at least 1")
+    if args.save_hf is not None and (given := other_routers(args)):
+        problems.append(f"--save-hf with {' '.join(given)}: transformers routes tokens otherwise; drop one")
     if args.save_hf is not None and args.save_hf_interval is None and (there := occupied(Path(args.save_hf))):
         problems.append(f"--save-hf {args.save_hf}: {there}; give a new folder")
     try:
@@ -28,6 +31,23 @@ def flag_refusals(args: Namespace, spec: ModelSpec[Any]) -> list[str]:
     except ValueError as error:
         problems.append(f"--max-shard-size {error}")
     return problems
+
+
+# Flags by which the router chooses and weighs experts otherwise than transformers does, and their usual values.
+_ROUTERS = {
+    "--moe-router-score-function": "softmax",
+    "--moe-router-pre-softmax": False,
+    "--moe-router-topk-scaling-factor": None,
+    "--moe-router-num-groups": None,
+    "--moe-router-group-topk": None,
+    "--moe-router-enable-expert-bias": False,
+}
+
+
+def other_routers(args: Namespace) -> list[str]:
+    """Given flags with which a model in HuggingFace's format would answer otherwise than the trained one."""
+    values = vars(args)
+    return [flag for flag, usual in _ROUTERS.items() if args.num_experts and values[dest_of(flag)] != usual]
 
 
 def open_source(
@@ -68,7 +88,27 @@ def checkpoint_refusals(
     if not (hf / "config.json").exists():
         return []
     try:
-        differing = spec.hf_weights.differences(config, described(spec, read_config(hf), hf))
+        theirs = described(spec, read_config(hf), hf)
     except FolderError as error:
         return [f"{flag} {error}"]
-    return [f"{flag} {folder}: its checkpoints are of another model: {difference}" for difference in differing]
+    differing = spec.hf_weights.differences(config, theirs)
+    if differing:
+        return [f"{flag} {folder}: its checkpoints are of another model: {difference}" for difference in differing]
+    return _mtp_refusals(args, f"{flag} {folder}", _mtp_layers(theirs))
+
+
+def _mtp_refusals(args: Namespace, where: str, theirs: int) -> list[str]:
+    """Refusals of a checkpoint with another depth of multi-token prediction, which starting anew may leave out."""
+    ours = args.mtp_num_layers or 0
+    starts_anew = args.finetune or args.load is None
+    if ours == theirs or (ours < theirs and starts_anew):
+        return []
+    fix = f"give --mtp-num-layers {theirs}"
+    if ours < theirs:
+        fix += ", or --finetune to start from its other weights"
+    return [f"--mtp-num-layers {ours}: {where} has checkpoints of a model with {theirs}; {fix}"]
+
+
+def _mtp_layers(config: ModelConfig) -> int:
+    words = config.to_flags()
+    return int(words[words.index("--mtp-num-layers") + 1]) if "--mtp-num-layers" in words else 0

@@ -16,7 +16,17 @@ from models.json_schema import Check, Integer, ListOf, Number, Text, boolean, ei
 
 _LONGEST_TEMPLATE = 2**20  # characters; released ones have a few thousand
 _TOKEN_ID = Integer(0, 2**24 - 1)
-_TOKEN = either(Text(), mapping, null)
+
+
+def _added_token(value: Any) -> str | None:
+    """A token with its settings, as transformers writes an AddedToken."""
+    is_one = isinstance(value, dict) and isinstance(value.get("content"), str)
+    return None if is_one else "an object with a text as its content"
+
+
+_TOKEN = either(Text(), _added_token, null)
+_TOKENS = ListOf(either(Text(), _added_token), 0, 100_000)
+_NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _TOKEN_IDS = either(_TOKEN_ID, ListOf(_TOKEN_ID, 0, 1000), null)
 _CHANNELS = ListOf(Number(-1000, 1000), 1, 16)
 _PIXELS = Integer(1, 2**31)
@@ -36,11 +46,11 @@ _IMAGE_PROCESSOR: Mapping[str, Check] = {
 }
 _SIZE: Mapping[str, Check] = dict.fromkeys(("shortest_edge", "longest_edge", "height", "width"), _PIXELS)
 _TOKENIZER_CONFIG: Mapping[str, Check] = {
-    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
+    **dict.fromkeys(_NAMED_TOKENS, _TOKEN),
     "model_max_length": either(Number(1, 1e31), null),
     "chat_template": either(Text(_LONGEST_TEMPLATE), ListOf(mapping, 1, 100), null),
-    "extra_special_tokens": either(mapping, ListOf(_TOKEN, 0, 100_000), null),
-    "additional_special_tokens": either(ListOf(_TOKEN, 0, 100_000), null),
+    "extra_special_tokens": either(mapping, _TOKENS, null),
+    "additional_special_tokens": either(_TOKENS, null),
     "added_tokens_decoder": either(mapping, null),
     "tokenizer_class": either(Text(), null),
     "processor_class": either(Text(), null),
@@ -148,6 +158,20 @@ def _generation(content: Mapping[str, Any]) -> list[str]:
     return problems(content, _GENERATION)
 
 
+def _special_tokens(content: Mapping[str, Any]) -> list[str]:
+    schema = dict.fromkeys(content, either(_TOKEN, _TOKENS, mapping))
+    return problems(content, schema | dict.fromkeys(_NAMED_TOKENS, _TOKEN))
+
+
+def _added_tokens(content: Mapping[str, Any]) -> list[str]:
+    return problems(content, dict.fromkeys(content, _TOKEN_ID))[:3]
+
+
+def _chat_template(content: Mapping[str, Any]) -> list[str]:
+    one = Text(_LONGEST_TEMPLATE)
+    return problems(content, {"chat_template": either(one, ListOf(mapping, 1, 100))}, required=("chat_template",))
+
+
 def _any_object(_: Mapping[str, Any]) -> list[str]:
     return []
 
@@ -159,10 +183,10 @@ _FILES: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "video_preprocessor_config.json": _image_processor,
     "processor_config.json": _processor,
     "generation_config.json": _generation,
-    "special_tokens_map.json": _any_object,
-    "added_tokens.json": _any_object,
+    "special_tokens_map.json": _special_tokens,
+    "added_tokens.json": _added_tokens,
     "vocab.json": _any_object,
-    "chat_template.json": _any_object,
+    "chat_template.json": _chat_template,
 }
 
 

@@ -50,17 +50,6 @@ def replace(path: Path, content: bytes | str) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def cases(seed: int, count: int) -> Iterator[Case]:
-    """`count` cases, the kinds in turn."""
-    draw = random.Random(seed)
-    kinds = (
-        *(_config_value, _json_file, _file_kind, _index, _header, _tensor_bits, _small_file),
-        *(_pickle, _metadata_bits, _record_bits, _checkpoint_files, _config_relation, _template),
-    )
-    for number in range(count):
-        yield kinds[number % len(kinds)](draw)
-
-
 # HuggingFace folders
 
 _ABSURD: tuple[Any, ...] = (
@@ -319,6 +308,11 @@ def _template(draw: random.Random) -> Case:
         "escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "attribute": "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}",
         "filter": "{{ messages | nonsense }}",
+        "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "range": "{% for a in range(10 ** 12) %}x{% endfor %}",
+        "kind": "{{ messages + 1 }}",
+        "include": "{% include '/etc/passwd' %}",
+        "format": "{{ '{0.__class__}'.format(messages) }}{{ '%999999999999d' % 1 }}",
     }
     how = draw.choice(list(templates))
 
@@ -349,7 +343,7 @@ def _pickle(draw: random.Random) -> Case:
         "exec": lambda mark: Call(exec, f"import os; os.mkdir({str(mark)!r})"),
         "Path.mkdir": lambda mark: Call(Path.mkdir, mark),
         "shutil": lambda mark: Call(shutil.copytree, str(mark.parent), str(mark)),
-        "getattr": lambda mark: Call(getattr, os, "mkdir"),
+        "getattr": lambda mark: Call(getattr, str, "join"),
         "in a list": lambda mark: [1, {"a": (Call(os.mkdir, str(mark)),)}],
     }
     how, door = draw.choice(list(ways)), draw.choice(CHECKPOINT_DOORS)
@@ -416,3 +410,16 @@ def _checkpoint_files(draw: random.Random) -> Case:
 
     door = draw.choice(("--load", "--pretrained-checkpoint", "export"))
     return Case("files of a checkpoint", door, f"{how.__name__} {file}", spoil, (file,))
+
+
+KINDS: tuple[Callable[[random.Random], Case], ...] = (
+    *(_config_value, _json_file, _file_kind, _index, _header, _tensor_bits, _small_file),
+    *(_pickle, _metadata_bits, _record_bits, _checkpoint_files, _config_relation, _template),
+)
+
+
+def cases(seed: int, count: int, kinds: tuple[Callable[[random.Random], Case], ...]) -> Iterator[Case]:
+    """`count` cases, the kinds in turn."""
+    draw = random.Random(seed)
+    for number in range(count):
+        yield kinds[number % len(kinds)](draw)

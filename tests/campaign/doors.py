@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 
 from arguments import preflight
+from models import ModelConfig, ModelSpec
+from models.adapters import AdapterMap, lora_of_args
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
 from runtime import checkpoints
 from runtime.machine import Machine
 from tests.campaign.cases import INDEX
 from tests.hf_folders import random_tensors
 from tests.small_checkpoint import write as write_checkpoint
+from weights.adapter import AdapterFolder, write_adapter
 from weights.checkpoint import CheckpointTensors, export_checkpoint, import_folder
 from weights.folder import TensorInfo, torch_dtype, write_tensors
 
@@ -51,6 +54,23 @@ def write_sound_folder(folder: Path, architecture: Qwen35VLConfig = ARCHITECTURE
     assert (folder / INDEX).exists()
 
 
+# Beside an adapter's files: the folder that it is an adapter of.
+BASE_LINK = "base"
+
+
+def write_sound_adapter(folder: Path, base: Path) -> None:
+    """A LoRA adapter on a HuggingFace folder, as --save-adapter writes it, with a link to that folder in it."""
+    spec, config, adapters = _adapted(base)
+    state = {name: torch.ones(shape) for name, shape in adapters.weights.tensors.items()}
+    write_adapter(folder, state, adapters, spec.table.mapping(config, ()).tensors, None)
+    (folder / BASE_LINK).symlink_to(base)
+
+
+def _adapted(base: Path, rank: int = 2) -> tuple[ModelSpec, ModelConfig, AdapterMap]:
+    lines = preflight([*BASE, "--load-hf", str(base), "--lora-rank", str(rank)], LAPTOP, 1)
+    return lines.spec, lines.config, lora_of_args(lines.args, lines.spec, lines.config)
+
+
 def write_sound_checkpoint(folder: Path) -> None:
     """Two checkpoints of three tensors."""
     for iteration in (2, 4):
@@ -60,7 +80,7 @@ def write_sound_checkpoint(folder: Path) -> None:
 
 def linked(source: Path, target: Path) -> Path:
     """A copy by hard links: a case replaces files and never writes into one."""
-    return Path(shutil.copytree(source, target, copy_function=os.link))
+    return Path(shutil.copytree(source, target, copy_function=os.link, symlinks=True))
 
 
 def _architecture_only(folder: Path) -> None:
@@ -131,6 +151,16 @@ def _read(folder: Path) -> None:
         assert torch.equal(found.to(tensor.dtype), tensor), f"{key} was read with other values"
 
 
+def _load_adapter(folder: Path) -> None:
+    flags = ("--load-hf", str(folder / BASE_LINK), "--load-adapter", str(folder))
+    preflight([*BASE, *flags], LAPTOP, 1)
+
+
+def _adapter(folder: Path) -> None:
+    adapter = AdapterFolder.open(folder)
+    adapter.read(_adapted(folder / BASE_LINK, adapter.options.rank)[2])
+
+
 DOORS: dict[str, Callable[[Path], None]] = {
     "--hf-config": _architecture_only,
     "--load-hf": _load_hf,
@@ -142,4 +172,6 @@ DOORS: dict[str, Callable[[Path], None]] = {
     "--load": _load,
     "--pretrained-checkpoint": _pretrained,
     "read": _read,
+    "--load-adapter": _load_adapter,
+    "adapter": _adapter,
 }

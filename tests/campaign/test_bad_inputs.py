@@ -18,8 +18,9 @@ import pytest
 
 import data.bounded
 from arguments import Refused
-from tests.campaign.cases import Case, cases
-from tests.campaign.doors import DOORS, linked, write_sound_checkpoint, write_sound_folder
+from tests.campaign import more_cases
+from tests.campaign.cases import KINDS, Case, cases
+from tests.campaign.doors import DOORS, linked, write_sound_adapter, write_sound_checkpoint, write_sound_folder
 
 LONGEST = 30  # seconds for one case, on a busy machine; nearly all take milliseconds
 CHECKPOINT_KINDS = ("pickle with code", "bytes of an index", "bit of a shard", "files of a checkpoint")
@@ -49,13 +50,20 @@ def bounded() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """A HuggingFace folder (False) and a folder of checkpoints (True)."""
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A HuggingFace folder, an adapter on it, and a folder of checkpoints, by name."""
     root = tmp_path_factory.mktemp("sound")
     write_sound_folder(root / "hf")
+    write_sound_adapter(root / "adapter", root / "hf")
     (root / "checkpoints").mkdir()
     write_sound_checkpoint(root / "checkpoints")
-    return {False: root / "hf", True: root / "checkpoints"}
+    return {name: root / name for name in ("hf", "adapter", "checkpoints")}
+
+
+def sound_input(kind: str) -> str:
+    if kind in more_cases.ADAPTER_KINDS:
+        return "adapter"
+    return "checkpoints" if kind in CHECKPOINT_KINDS else "hf"
 
 
 def outcome(case: Case, sound: Path, place: Path) -> str:
@@ -80,13 +88,13 @@ def outcome(case: Case, sound: Path, place: Path) -> str:
     return "ran code" if mark.exists() else result
 
 
-def run(count: int, seed: int, sound: dict[bool, Path], root: Path) -> tuple[Counter, list[str]]:
+def run(count: int, seed: int, sound: dict[str, Path], root: Path) -> tuple[Counter, list[str]]:
     totals: Counter = Counter()
     wrong = []
-    for number, case in enumerate(cases(seed, count)):
+    for number, case in enumerate(cases(seed, count, (*KINDS, *more_cases.KINDS))):
         place = root / str(number)
         place.mkdir()
-        found = outcome(case, sound[case.kind in CHECKPOINT_KINDS], place)
+        found = outcome(case, sound[sound_input(case.kind)], place)
         totals[case.kind, found if found in (REFUSED, HARMLESS) else found.split(":")[0]] += 1
         if found not in (REFUSED, HARMLESS):
             wrong.append(f"case {number}, {case}: {found}")
@@ -104,7 +112,7 @@ def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("count", "seed"), [(338, 0), pytest.param(5000, 1, marks=pytest.mark.slow)], ids=["quick", "all"]
 )
-def test_no_bad_input_gets_through(count: int, seed: int, sound: dict[bool, Path], tmp_path: Path) -> None:
+def test_no_bad_input_gets_through(count: int, seed: int, sound: dict[str, Path], tmp_path: Path) -> None:
     begin = time.monotonic()
     totals, wrong = run(count, seed, sound, tmp_path)
     for (kind, result), number in sorted(totals.items()):
@@ -114,6 +122,7 @@ def test_no_bad_input_gets_through(count: int, seed: int, sound: dict[bool, Path
 
 
 @pytest.mark.parametrize("door", [door for door in DOORS if door not in TWINS])
-def test_what_is_sound_comes_through(door: str, sound: dict[bool, Path], tmp_path: Path) -> None:
+def test_what_is_sound_comes_through(door: str, sound: dict[str, Path], tmp_path: Path) -> None:
     """Else the campaign would prove nothing."""
-    DOORS[door](linked(sound[door in ("read", "--load")], tmp_path / "input"))
+    name = "adapter" if "adapter" in door else "checkpoints" if door in ("read", "--load") else "hf"
+    DOORS[door](linked(sound[name], tmp_path / "input"))

@@ -405,6 +405,16 @@ def test_full_validation_reads_one_epoch(provide: Callable[..., tuple]) -> None:
     assert len({str(row) for row in evaluations}) == 9
 
 
+def test_megatron_is_told_a_full_validation_s_iterations(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> ToyDataset:
+        return ToyDataset([12] * 10)
+
+    monkeypatch.setitem(DATASET_PROVIDERS, "toy", DatasetProvider("toy", False, build))
+    args = arguments(full_validation=True)
+    dataset_provider(args, ToyInputs(), None)([1, 1, 1])
+    assert (args.eval_iters, args.full_validation) == (3, False)
+
+
 def test_splits_that_no_flag_asks_for_are_not_built(provide: Callable[..., tuple]) -> None:
     assert provide(eval_iters=0)[1:] == (None, None)
     assert provide(skip_train=True)[0] is None

@@ -51,6 +51,27 @@ def test_a_provider_of_ones_own_is_imported_by_its_name(tmp_path: Path, monkeypa
             find_provider(name)
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import sys; sys.exit()", r"importing .* failed: SystemExit\(\)"),
+        ("def build(:", "importing .* failed: SyntaxError"),
+        ("1 / 0", "importing .* failed: ZeroDivisionError"),
+        ("def build(*_): raise SystemExit(0)", r"for the train split, it left the program \(SystemExit\(0\)\)"),
+        ("def build(*_): return None", "it gave a NoneType, which has no __len__, .*expected a data.sizes.SampleData"),
+        ("def build(*_): return [1]", "it gave a list, which has no size, name, fingerprint"),
+    ],
+)
+def test_a_provider_of_ones_own_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, said: str
+) -> None:
+    name = f"own_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"--dataset-provider {name}:build: .*{said}"):
+        find_provider(f"{name}:build").open(Namespace(), "train", None, None)
+
+
 def test_flags_that_cannot_work_are_refused_early(tmp_path: Path) -> None:
     def refused(**changes: object) -> str:
         given = {

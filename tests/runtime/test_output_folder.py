@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from argparse import Namespace
@@ -20,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 def options(save: Path, **others: object) -> Namespace:
     defaults = {"load": None, "finetune": False, "overwrite_checkpoints": False, "tensorboard_dir": None}
-    return Namespace(**{**defaults, "save_hf": None, "save": str(save), **others})
+    return Namespace(
+        **{**defaults, "save_hf": None, "save_adapter": None, "dump_bad_batch": None, "save": str(save), **others}
+    )
 
 
 def checkpoint(save: Path, iteration: int) -> Path:
@@ -37,6 +40,17 @@ def test_a_new_folder_is_free(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "arguments.json").touch()  # what a run leaves besides
     assert output_folder.problems(options(tmp_path)) == []
+
+
+def test_a_full_disk_is_refused(tmp_path: Path) -> None:
+    """An empty file can still be made on one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        (problem,) = output_folder.problems(options(tmp_path / "checkpoints"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert problem.startswith(f"--save {tmp_path}/checkpoints: {tmp_path} can't be written (File too large)")
 
 
 def test_older_checkpoints_are_refused(tmp_path: Path) -> None:
