@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests:  bash scripts/test.sh [--fast | --all] [pytest arguments]
-#   --fast  without those that train, start ranks or build a huge model (marker "heavy"): under two minutes on two cores
+#   --fast  without those that train, start ranks or build a huge model (marker "heavy"): five minutes on two cores
 #   --all   also the slow proofs (marker "slow")
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
