@@ -95,7 +95,7 @@ def _culprit(folder: Path) -> str:
     if file.is_file():
         try:
             Tokenizer.from_file(str(file))
-        except Exception:
+        except Exception:  # the tokenizers library raises that very class
             return "tokenizer.json can't be read: "
     return ""
 

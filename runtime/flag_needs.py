@@ -9,7 +9,6 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from runtime.megatron_flags import flags_by_name
@@ -36,7 +35,6 @@ _SHARDED_OPTIMIZER = Need(
 _DISTRIBUTED_OPTIMIZER = _flag("--use-distributed-optimizer")
 _FSDP = _flag("--use-megatron-fsdp")
 _FP8 = _flag("--fp8-format")
-_FUSED_ADAM = Need("Transformer Engine's FusedAdam", lambda _: find_spec("transformer_engine") is not None)
 _EP = Need("--expert-model-parallel-size above 1", lambda args: args.expert_model_parallel_size > 1)
 _TP = Need("--tensor-model-parallel-size above 1", lambda args: args.tensor_model_parallel_size > 1)
 _PP = Need("--pipeline-model-parallel-size above 1", lambda args: args.pipeline_model_parallel_size > 1)
@@ -91,7 +89,7 @@ _NEEDS: Mapping[str, tuple[Need, ...]] = {
     "--overlap-param-gather": (_SHARDED_OPTIMIZER, _flag("--overlap-grad-reduce")),
     "--overlap-param-gather-with-optimizer-step": (_DISTRIBUTED_OPTIMIZER, _flag("--overlap-param-gather"), _PP),
     "--fsdp-manual-registration": (_FSDP, _flag("--use-nccl-ub")),
-    "--use-precision-aware-optimizer": (_SHARDED_OPTIMIZER, _FUSED_ADAM),
+    "--use-precision-aware-optimizer": (_SHARDED_OPTIMIZER,),
     "--main-grads-dtype": (_PRECISION_AWARE,),
     "--main-params-dtype": (_PRECISION_AWARE,),
     "--exp-avg-dtype": (_PRECISION_AWARE,),

@@ -160,6 +160,8 @@ def _machine(args: Namespace, machine: Machine) -> list[str]:
             f"--recompute-modules {' '.join(discarding)}: megatron-core compiles C++ for it, and there is no "
             "compiler (c++ or CXX) or no ninja; install both, or leave it out (core_attn needs none)"
         )
+    if args.use_precision_aware_optimizer and not machine.transformer_engine:
+        problems.append("--use-precision-aware-optimizer: Transformer Engine, which has its FusedAdam, isn't installed")
     if args.wandb_project and not machine.wandb:
         problems.append(f"--wandb-project {args.wandb_project}: wandb isn't installed; pip install wandb")
     return problems
@@ -307,9 +309,11 @@ def _experts(args: Namespace, world_size: int) -> list[str]:
     )
     etp = args.expert_tensor_parallel_size or tp
     if not args.num_experts:
+        idle = {"--no-moe-grouped-gemm": args.no_moe_grouped_gemm, "--no-moe-fusion": args.no_moe_fusion}
+        problems = [f"{flag}: the model is dense; leave it out" for flag, given in idle.items() if given]
         if ep == 1:
-            return []
-        return [f"--expert-model-parallel-size {ep}: the model is dense; use 1, or a variant with experts"]
+            return problems
+        return [*problems, f"--expert-model-parallel-size {ep}: the model is dense; use 1, or a variant with experts"]
     problems = []
     if args.num_experts % ep:
         problems.append(
@@ -328,6 +332,8 @@ def _experts(args: Namespace, world_size: int) -> list[str]:
     ):
         if size is not None and size % ranks:
             problems.append(f"{flag} {size}: doesn't divide by the {ranks} tensor-parallel ranks that share it")
+    if args.moe_grouped_gemm and args.no_moe_grouped_gemm:
+        problems.append("--moe-grouped-gemm and --no-moe-grouped-gemm: give one")
     if args.moe_grouped_gemm and args.transformer_impl == "local" and args.use_megatron_fsdp:
         problems.append(
             "--moe-grouped-gemm with --use-megatron-fsdp: its checkpoints know experts one by one; leave one out"

@@ -14,7 +14,8 @@ import arguments
 from arguments import Refused, preflight
 from runtime.flag_table import Effect, flag_table
 from runtime.megatron_flags import megatron_flags
-from tests.test_flag_table import LAPTOP, values_of
+from tests.command_lines import LAPTOP, accepted
+from tests.test_flag_table import values_of
 
 # Folders are this machine's.
 FOLDERS = ("load", "save", "pretrained_checkpoint", "tensorboard_dir")
@@ -166,3 +167,19 @@ def test_what_the_preflight_accepts_megatron_accepts(
     if raw:
         pytest.fail("\n".join(raw), pytrace=False)
     assert accepted > count / 4  # so that it isn't all refused
+
+
+def test_what_megatron_alone_refuses_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from runtime import flag_values, prepare
+
+    prepare()
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(flag_values, "recomputation_refusals", lambda args: [])  # as if nobody had thought of it
+    command_line = accepted("--recompute-granularity", "full", "--recompute-method", "uniform")
+    with pytest.raises(SystemExit) as left:
+        arguments.parse(command_line)
+    assert left.value.code == 2
+    assert "Refused:\n  - Megatron's validation (transformer_config.py:" in capsys.readouterr().err

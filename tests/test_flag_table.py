@@ -15,10 +15,9 @@ import arguments
 from arguments import Refused, preflight
 from models import MODEL_REGISTRY
 from runtime.flag_table import DOCUMENT, Effect, flag_table, given_flags, markdown, named_flags
-from runtime.machine import Machine
 from runtime.megatron_flags import Flag, megatron_flags
+from tests.command_lines import LAPTOP
 
-LAPTOP = Machine(0, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
 BASE = [
     "--micro-batch-size",
     "1",
@@ -143,6 +142,16 @@ VALUES = {
     "--moe-token-dispatcher-type flex": "--moe-token-dispatcher-type flex",
     "--moe-router-load-balancing-type global_aux_loss": "use aux_loss",
     "--moe-router-load-balancing-type seq_aux_loss --use-packed-sequence": "a pack would count as one sequence",
+    "--recompute-granularity full": "needs --recompute-num-layers, 1 for the least memory",
+    "--recompute-granularity full --recompute-num-layers 1": "needs --recompute-method uniform or block",
+    "--recompute-method block": "of --recompute-granularity full; give both or neither",
+    "--recompute-granularity selective --recompute-modules mla_up_proj": "no such part of a layer here",
+    "--recompute-granularity selective --recompute-modules moe_act": "needs --moe-grouped-gemm",
+    "--moe-router-topk 1": "use at least 2",
+    "--attention-backend local": "use auto",
+    "--use-precision-aware-optimizer --use-distributed-optimizer": "FusedAdam, isn't installed",
+    "--moe-grouped-gemm --no-moe-grouped-gemm": "give one",
+    "--num-experts 0 --no-moe-grouped-gemm": "the model is dense",
     "--fp8-format e4m3": "--fp8-format: needs --transformer-impl transformer_engine",
     "--overlap-param-gather": "--overlap-param-gather: needs --use-distributed-optimizer or --use-megatron-fsdp",
     "--lr high": "--lr: invalid float value: 'high'",

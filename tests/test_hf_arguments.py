@@ -12,11 +12,8 @@ import pytest
 
 from arguments import Refused, preflight
 from models.qwen35_vl.configuration import VARIANTS
-from runtime.machine import Machine
+from tests.command_lines import LAPTOP, SIZES
 from tests.hf_folders import random_tensors, write_folder
-
-CPU = Machine(gpus=0, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
-SIZES = ["--seq-length", "128", "--micro-batch-size", "2", "--train-iters", "1", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def accepted(*flags: str) -> Namespace:
-    return preflight([*SIZES, *flags], CPU, 1).args
+    return preflight([*SIZES, *flags], LAPTOP, 1).args
 
 
 def refused(*flags: str) -> str:
@@ -37,7 +34,7 @@ def refused(*flags: str) -> str:
 
 
 def test_a_folder_gives_the_architecture(folder: Path) -> None:
-    command_line = preflight([*SIZES, "--load-hf", str(folder)], CPU, 1)
+    command_line = preflight([*SIZES, "--load-hf", str(folder)], LAPTOP, 1)
     assert command_line.config == VARIANTS["tiny_moe"]
     assert command_line.args.hf_processor_path is None
 
@@ -83,12 +80,12 @@ def test_a_hub_name_is_checked_by_its_description_first(tmp_path: Path, monkeypa
     weights = (tmp_path / "snapshot/model.safetensors").read_bytes()
     (tmp_path / "snapshot/model.safetensors").unlink()
     flags = [*SIZES, "--load-hf", "Qwen/Qwen3.5-Tiny"]
-    args = preflight(flags, CPU, 1).args
+    args = preflight(flags, LAPTOP, 1).args
     assert (args.load_hf, args.hf_config) == (str(tmp_path / "snapshot"), str(tmp_path / "snapshot"))
     with pytest.raises(Refused, match="it has no safetensors file"):
-        preflight(flags, CPU, 1, with_weights=True)
+        preflight(flags, LAPTOP, 1, with_weights=True)
     (tmp_path / "snapshot/model.safetensors").write_bytes(weights)
-    preflight(flags, CPU, 1, with_weights=True)
+    preflight(flags, LAPTOP, 1, with_weights=True)
     assert asked == [("Qwen/Qwen3.5-Tiny", False), ("Qwen/Qwen3.5-Tiny", True), ("Qwen/Qwen3.5-Tiny", True)]
 
 

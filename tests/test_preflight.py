@@ -16,8 +16,8 @@ import pytest
 from arguments import Refused, preflight
 from models.qwen35_vl.configuration import VARIANTS
 from runtime.machine import Machine
+from tests.command_lines import LAPTOP
 
-LAPTOP = Machine(0, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
 GPUS = Machine(8, transformer_engine=True, flash_linear_attention=True, fused_weight_gradients=False, wandb=True)
 BARE_GPU = Machine(1, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.common.kernel_check import relative_errors, what_is_wrong
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -135,13 +137,12 @@ def check_attention(whose: str, sizes: AttentionSizes, backend: str) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     with _environment(_CHOICES[backend]):
         errors = attention_errors(te_attention(sizes), sizes, device)
-    if wrong := {name: error for name, error in errors.items() if not error < CHECK_TOLERANCE}:
+    if wrong := what_is_wrong(errors, CHECK_TOLERANCE):
         others = ", ".join(name for name in _CHOICES if name not in ("auto", backend))
         raise RuntimeError(
             f"Transformer Engine computes the {whose}'s attention ({sizes}) wrongly on this "
             f"{torch.cuda.get_device_name(device)}: relative to torch in float64 (rounding explains {CHECK_TOLERANCE}) "
-            f"{', '.join(f'{name} is off by {error:.1e}' for name, error in wrong.items())}. "
-            f"Try another --attention-backend ({others}), or --transformer-impl local"
+            f"{wrong}. Try another --attention-backend ({others}), or --transformer-impl local"
         )
 
 
@@ -159,9 +160,9 @@ def attention_errors(attention: Attention, sizes: AttentionSizes, device: torch.
         query, key, value = (x.to(dtype).detach().requires_grad_() for x in inputs)
         output = attend(query, key, value, lengths)
         results.append([output.detach(), *torch.autograd.grad(output, (query, key, value), grad.to(dtype))])
-    exact, actual = results
     names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
-    return {name: ((a.double() - e).norm() / e.norm()).item() for name, a, e in zip(names, actual, exact, strict=True)}
+    exact, actual = (dict(zip(names, tensors, strict=True)) for tensors in results)
+    return relative_errors(actual, exact)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.backends.documents import chunk_indices, document_index
+from models.common.kernel_check import relative_errors, what_is_wrong
 
 NORM_EPSILON = 1e-6
 # Tokens of a chunk of flash-linear-attention's kernels, which they are compiled for.
@@ -221,16 +222,15 @@ def check_fla_gradients(sizes: GDNSizes) -> None:
     if kernels is None:
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    wrong = {name: error for name, error in kernel_errors(kernels, sizes, device).items() if not error < FLA_TOLERANCE}
-    if wrong:
+    if wrong := what_is_wrong(kernel_errors(kernels, sizes, device), FLA_TOLERANCE):
         import fla
         import triton
 
         raise RuntimeError(
             f"flash-linear-attention {fla.__version__} with Triton {triton.__version__} computes GatedDeltaNet wrongly "
             f"on this {torch.cuda.get_device_name(device)}: relative to the torch reference (bfloat16 explains "
-            f"{FLA_TOLERANCE}) {', '.join(f'{name} is off by {error:.1e}' for name, error in wrong.items())}. "
-            "Install tilelang, or a Triton outside [3.4, 3.7.1); --deterministic-mode runs torch's kernels instead"
+            f"{FLA_TOLERANCE}) {wrong}. Install tilelang, or a "
+            "Triton outside [3.4, 3.7.1); --deterministic-mode runs torch's kernels instead"
         )
 
 
@@ -249,7 +249,7 @@ def kernel_errors(kernels: GDNKernels, sizes: GDNSizes, device: torch.device) ->
     inputs = _check_inputs(device, sizes, length=320)
     expected = _outputs_and_gradients(TORCH_KERNELS, [x.double() for x in inputs], cu_seqlens, chunks)
     actual = _outputs_and_gradients(kernels, inputs, cu_seqlens, chunks)
-    return {name: ((actual[name].double() - x).norm() / x.norm()).item() for name, x in expected.items()}
+    return relative_errors(actual, expected)
 
 
 def _check_inputs(device: torch.device, sizes: GDNSizes, length: int) -> list[Tensor]:

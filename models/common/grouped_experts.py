@@ -28,6 +28,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from models.common.kernel_check import relative_errors, what_is_wrong
 from models.common.main_grad import main_grad_of, stand_in
 from models.expert_flags import ALIGNMENT, stacks_experts
 
@@ -279,12 +280,11 @@ def check_kernels() -> None:
     """
     device = torch.device("cuda", torch.cuda.current_device())
     errors = kernel_errors(device)
-    if wrong := {name: error for name, error in errors.items() if not error < CHECK_TOLERANCE}:
+    if wrong := what_is_wrong(errors, CHECK_TOLERANCE):
         raise RuntimeError(
             f"grouped products are computed wrongly on this {torch.cuda.get_device_name(device)} with torch "
             f"{torch.__version__}: relative to torch in float64 (bfloat16 explains {CHECK_TOLERANCE}) "
-            f"{', '.join(f'{name} is off by {error:.1e}' for name, error in wrong.items())}; give "
-            "--no-moe-grouped-gemm"
+            f"{wrong}; give --no-moe-grouped-gemm"
         )
 
 
@@ -306,6 +306,6 @@ def kernel_errors(device: torch.device) -> dict[str, float]:
         leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in (x, weight)]
         output = grouped_linear(leaves[0], leaves[1], ends)
         results.append([output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))])
-    exact, actual = results
     names = ("product", "gradient of rows", "gradient of weights")
-    return {name: ((a.double() - e).norm() / e.norm()).item() for name, a, e in zip(names, actual, exact, strict=True)}
+    exact, actual = (dict(zip(names, tensors, strict=True)) for tensors in results)
+    return relative_errors(actual, exact)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from models.common.kernel_check import relative_errors, what_is_wrong
 from models.common.main_grad import main_grad_of, stand_in
 
 IGNORED = -1  # the label of a row that has none: its loss, its hit and its gradient are zero
@@ -237,14 +238,13 @@ def check_kernels() -> None:
     """
     device = torch.device("cuda", torch.cuda.current_device())
     errors = kernel_errors(device)
-    if wrong := {name: error for name, error in errors.items() if not error < CHECK_TOLERANCE}:
+    if wrong := what_is_wrong(errors, CHECK_TOLERANCE):
         import triton
 
         raise RuntimeError(
             f"the output layer's loss is computed wrongly on this {torch.cuda.get_device_name(device)} with Triton "
             f"{triton.__version__}: relative to torch in float64 (bfloat16 explains {CHECK_TOLERANCE}) "
-            f"{', '.join(f'{name} is off by {error:.1e}' for name, error in wrong.items())}. No flag replaces its "
-            "kernels: install the Triton of requirements.lock"
+            f"{wrong}. No flag replaces its kernels: install the Triton of requirements.lock"
         )
 
 
@@ -268,5 +268,5 @@ def kernel_errors(device: torch.device) -> dict[str, float]:
             losses, _ = linear_cross_entropy(leaves[0], leaves[1], labels)
         results.append([losses.detach(), *torch.autograd.grad(losses.sum(), leaves)])
     names = ("loss", "gradient of hidden", "gradient of weight")
-    exact, actual = results
-    return {name: ((a.double() - e).norm() / e.norm()).item() for name, a, e in zip(names, actual, exact, strict=True)}
+    exact, actual = (dict(zip(names, tensors, strict=True)) for tensors in results)
+    return relative_errors(actual, exact)

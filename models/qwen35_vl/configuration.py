@@ -219,9 +219,11 @@ class Qwen35VLConfig:
             ValueError: `--linear-attention-freq` isn't a number, or `--num-experts` comes without the experts' sizes.
         """
         is_moe = bool(args.num_experts)
-        sizes = ("--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size")
-        missing = [flag for flag in sizes if is_moe and getattr(args, flag[2:].replace("-", "_")) is None]
-        if missing:
+        sizes = {
+            "--moe-ffn-hidden-size": args.moe_ffn_hidden_size,
+            "--moe-shared-expert-intermediate-size": args.moe_shared_expert_intermediate_size,
+        }
+        if missing := [flag for flag, size in sizes.items() if is_moe and size is None]:
             moe = ", ".join(name for name, variant in VARIANTS.items() if variant.is_moe)
             raise ValueError(
                 f"--num-experts {args.num_experts} on a dense architecture also needs {', '.join(missing)}; "

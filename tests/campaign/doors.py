@@ -14,15 +14,14 @@ from models import ModelConfig, ModelSpec
 from models.adapters import AdapterMap, lora_of_args
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
 from runtime import checkpoints
-from runtime.machine import Machine
 from tests.campaign.cases import INDEX
+from tests.command_lines import LAPTOP
 from tests.hf_folders import random_tensors
 from tests.small_checkpoint import write as write_checkpoint
 from weights.adapter import AdapterFolder, write_adapter
 from weights.checkpoint import CheckpointTensors, export_checkpoint, import_folder
 from weights.folder import TensorInfo, torch_dtype, write_tensors
 
-LAPTOP = Machine(0, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
 ARCHITECTURE = VARIANTS["tiny"].replace(
     num_layers=4,
     hidden_size=64,

@@ -11,26 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arguments import CommandLine, Refused, preflight
-from runtime.machine import Machine
+from tests.command_lines import accepted, refused
 from tests.hf_folders import assert_same, read_folder
 from tests.hf_generations import DENSE, GENERATIONS, small_files, tensors_of, write_generation
 from weights.checkpoint import export_checkpoint, import_folder
 from weights.folder import FolderError
 
-CPU = Machine(gpus=0, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
-SIZES = ["--seq-length", "128", "--micro-batch-size", "2", "--train-iters", "1", "--lr", "1e-3"]
 NAME = "3.5-0.8B"
-
-
-def accepted(*flags: str | Path) -> CommandLine:
-    return preflight([*SIZES, *map(str, flags)], CPU, 1, with_weights=True)
-
-
-def refused(*flags: str | Path) -> list[str]:
-    with pytest.raises(Refused) as error:
-        accepted(*flags)
-    return error.value.problems
 
 
 def write(path: Path, tensors: dict[str, Tensor] | None = None, **text: Any) -> Path:

@@ -14,32 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arguments import CommandLine, Refused, preflight
 from models.qwen35_vl.configuration import VARIANTS, Qwen35VLConfig
 from models.qwen35_vl.hf_weights import GROUPS, weight_map
 from models.trained import frozen_names, selected
-from runtime.machine import Machine
+from tests.command_lines import accepted, refused
 from tests.hf_folders import assert_same, read_folder
 from tests.hf_generations import GENERATIONS, config_of, small_files, write_generation
 from tests.train_jobs import run
 from weights.checkpoint import export_checkpoint, import_folder
 from weights.folder import IMAGE_FILES
 
-CPU = Machine(gpus=0, transformer_engine=False, flash_linear_attention=False, fused_weight_gradients=False, wandb=False)
-SIZES = ["--seq-length", "128", "--micro-batch-size", "2", "--train-iters", "1", "--lr", "1e-3"]
 ONLY = "--language-model-only"
 VISION, TEXT = "3.5-35B-A3B", "3.8-text"
 ViT = "model.visual."
-
-
-def accepted(*flags: str | Path) -> CommandLine:
-    return preflight([*SIZES, *map(str, flags)], CPU, 1, with_weights=True)
-
-
-def refused(*flags: str | Path) -> list[str]:
-    with pytest.raises(Refused) as error:
-        accepted(*flags)
-    return error.value.problems
 
 
 def text_class_s(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
