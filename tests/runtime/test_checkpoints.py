@@ -153,6 +153,15 @@ def test_metadata_may_hold_the_standard_library_s_containers(tmp_path: Path) -> 
         assert checkpoints._IndexWithoutTorch(file).load() == place
 
 
+def test_a_tensor_without_properties(folder: Path) -> None:
+    """One flipped bit in the attribute's name makes it so."""
+    path = folder / "iter_0000004/.metadata"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"properties", b"propertier"))
+    assert whole != path.read_bytes()
+    assert f"{path} can't be read: " in refused(folder)
+
+
 def test_metadata_runs_no_code(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     class Evil:
         def __reduce__(self) -> tuple:
