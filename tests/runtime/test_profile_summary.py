@@ -38,8 +38,8 @@ def test_a_profile_on_the_cpu_counts_nothing_twice() -> None:
     with profiled(summary):
         layer(x).sum().backward()
     assert {"aten::linear", "aten::addmm"} <= set(summary.longest)
-    # On the CPU backward runs in the calling thread. A percent for calls that end a tick after their caller.
-    assert sum(summary.seconds.values()) == pytest.approx(summary.busy_seconds, rel=0.01)
+    # On the CPU backward runs in the calling thread. Measured: 6e-16 apart in 60 profiles.
+    assert sum(summary.seconds.values()) == pytest.approx(summary.busy_seconds, rel=1e-14)
 
 
 class Mixer(nn.Module):
